@@ -1,0 +1,523 @@
+# Copyright 2026 The par_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Class-conditional images by parallelized autoregressive generation (PAR, arXiv 2412.15119).
+
+This file travels inside checkpoints: it imports the standard library, torch, diffusers, transformers and what those need.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, VQModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import is_torch_xla_available, replace_example_docstring
+from huggingface_hub import ModelCard, ModelCardData, file_exists
+from transformers import DynamicCache, PreTrainedModel
+
+
+if is_torch_xla_available():
+    import torch_xla.core.xla_model as xm
+
+    XLA_AVAILABLE = True
+else:
+    XLA_AVAILABLE = False
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from par_diffusers import PARPipeline, embedded_model
+
+        >>> pipe = PARPipeline.from_pretrained(embedded_model("par-glyphs-4x"), dtype=torch.float32)
+        >>> generator = [torch.Generator().manual_seed(i) for i in range(3)]
+        >>> images = pipe(class_labels=["P", "A", "R"], generator=generator).images
+        >>> images[0].size
+        (48, 48)
+        ```
+"""
+
+CARD = """
+# Images by parallelized autoregressive generation
+
+Class-conditional images by **PAR**, parallelized autoregressive visual generation ([arXiv 2412.15119](https://arxiv.org/abs/2412.15119)).
+The token grid is cut into regions; the first token of each region is sampled one by one, then the tokens at the same
+place of all regions are sampled in one step. This model takes {num_steps} steps for {num_tokens} tokens.
+{samples}
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+images = pipe(class_labels={labels}, generator=torch.Generator().manual_seed(0)).images
+```
+
+With the package par_diffusers installed, `PARPipeline.from_pretrained("{repo_id}")` does the
+same with the code of the package.
+
+## Model
+
+| | |
+|---|---|
+| parameters | {parameters} backbone, {vq_parameters} tokenizer |
+| decoder | {layers} layers, width {width}, {heads} heads |
+| vocabulary | {vocab_size} codes |
+| classes | {num_classes} |
+| image | {image_size} pixels |
+
+## Token plan
+
+| | |
+|---|---|
+| grid | {grid} tokens |
+| order | {order}, regions {region_grid} |
+| parallel tokens | {num_parallel_tokens} |
+| initial tokens | {initial_tokens} |
+| attention in a group | {group_attention} |
+| steps | {num_steps} |
+
+Defaults of the call: guidance scale {guidance_scale}, temperature {temperature}, top-k {top_k}, top-p {top_p}.
+"""
+
+
+class PARPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for class-conditional images by parallelized autoregressive generation (PAR).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Args:
+        transformer ([`PARForConditionalGeneration`]): The autoregressive backbone.
+        vqvae ([`VQModel`]): The tokenizer whose decoder turns tokens into pixels.
+        scheduler ([`PARScheduler`]): Plans the tokens and samples them.
+        id2label (`dict[str, str]`, *optional*):
+            Class id (as a string, as JSON has it) to label; several names of one class are separated by commas.
+        card_data (`dict`, *optional*):
+            Front matter of the model card beside what the pipeline knows itself: `license`, `datasets`, `base_model`, ...
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+    _callback_tensor_inputs = ["latents"]
+    # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
+    _source = Path(__file__).read_text(encoding="utf-8")
+    # class name -> class, filled by the installed package; empty in a copy that travels with a checkpoint
+    _package_components: dict = {}
+
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        vqvae: VQModel,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        card_data: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label, card_data=card_data)
+        has_vqvae = getattr(self, "vqvae", None) is not None
+        self.vae_scale_factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1) if has_vqvae else 16
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        ids = {}
+        for key, value in (id2label or {}).items():
+            for name in {value, *(part.strip() for part in value.split(","))}:
+                ids.setdefault(name, []).append(int(key))
+        self.labels = {name: found[0] for name, found in sorted(ids.items()) if len(found) == 1}
+        self._ambiguous_labels = {name: found for name, found in ids.items() if len(found) > 1}
+
+    # Folders that carry their own code: see docs/conversion.md for what each file is for.
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, samples=None, **kwargs):
+        """
+        Saves the pipeline with the code of its own classes, so that `DiffusionPipeline.from_pretrained(...,
+        trust_remote_code=True)` loads it where par_diffusers is not installed, and a model card `README.md` unless the
+        folder has one.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder; created if it does not exist.
+            samples (`PIL.Image.Image`, *optional*): A grid of samples for the model card, saved as `samples.png`.
+            args, kwargs: As in [`DiffusionPipeline.save_pretrained`].
+        """
+        if samples is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            samples.save(os.path.join(save_directory, "samples.png"))
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        # `save_pretrained` calls this after the components are written and before anything is uploaded
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index.pop("_name_or_path", None)
+        index["_class_name"] = self._export_source(type(self), folder)
+        for name, component in self.components.items():
+            cls = type(getattr(component, "_orig_mod", component))
+            if component is not None and cls.__module__.split(".")[0] not in ("diffusers", "transformers"):
+                index[name] = self._export_source(cls, folder / name)
+                if isinstance(component, PreTrainedModel):
+                    # transformers looks for the code of `from_pretrained(folder, subfolder="transformer")` at the root
+                    self._export_source(cls, folder)
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not (folder / "README.md").exists():
+            self._write_model_card(folder, repo_id="FOLDER_OR_REPOSITORY")
+
+    @staticmethod
+    def _export_source(cls: type, folder: Path) -> list[str]:
+        module = cls.__module__.split(".")[-1]
+        source = getattr(cls, "_source", None) or Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{module}.py").write_text(source, encoding="utf-8")
+        return [module, cls.__name__]
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, **kwargs):
+        # diffusers has just written its template over our card, or fetched the card that the repository has
+        if not file_exists(repo_id, "README.md", token=token):
+            self._write_model_card(Path(working_dir), repo_id)
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
+
+    def _write_model_card(self, folder: Path, repo_id: str) -> None:
+        scheduler, config, vq_config = self.scheduler, self.transformer.config, self.vqvae.config
+        self.scheduler.set_timesteps()
+        height, width = (side * self.vae_scale_factor for side in scheduler.grid_size[-2:])
+        first = next(iter(self.config.id2label.values())).split(",")[0] if self.config.id2label else 0
+        known = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "license": "unknown"}
+        known["tags"] = ["par", "autoregressive", "class-conditional", "diffusers:" + type(self).__name__]
+        known["metrics"] = ["fid", "inception_score"]
+        text = CARD.format(
+            repo_id=repo_id,
+            samples="\n![samples](samples.png)\n" if (folder / "samples.png").exists() else "",
+            labels=[first],
+            num_tokens=math.prod(scheduler.grid_size),
+            num_steps=scheduler.num_inference_steps,
+            parameters=f"{self.transformer.num_parameters() / 1e6:.1f} M",
+            vq_parameters=f"{self.vqvae.num_parameters() / 1e6:.1f} M",
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            num_classes=config.num_classes,
+            image_size=f"{height} x {width}",
+            grid=" x ".join(map(str, scheduler.grid_size)),
+            region_grid=" x ".join(map(str, scheduler.region_grid)),
+            **{name: scheduler.config[name] for name in ("order", "num_parallel_tokens", "initial_tokens")},
+            **{name: scheduler.config[name] for name in ("group_attention", "guidance_scale", "temperature")},
+            **{name: scheduler.config[name] for name in ("top_k", "top_p")},
+        )
+        front_matter = ModelCardData(**known | (self.config.card_data or {})).to_yaml()
+        ModelCard(f"---\n{front_matter}\n---\n{text}").save(folder / "README.md")
+
+    # With the package installed, `PARPipeline.from_pretrained` runs the classes of the package, not those in the folder.
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        config = super()._dict_from_json_file(json_file)
+        class_name = config.get("_class_name")
+        if cls._package_components and isinstance(class_name, list) and class_name[1] == cls.__name__:
+            config["_class_name"] = cls.__name__
+        return config
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in config.items():
+            if name != "_class_name" and isinstance(value, list) and value[1] in cls._package_components:
+                component = cls._package_components[value[1]]
+                config[name] = [component.__module__, component.__name__]
+        return loaded
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        r"""
+        Class ids of label names.
+
+        Args:
+            label (`str` or `list[str]`): Names from `pipe.labels`.
+
+        Returns:
+            `list[int]`: One id for each name.
+        """
+        label = [label] if isinstance(label, str) else label
+        for name in label:
+            if name in self._ambiguous_labels:
+                raise ValueError(
+                    f"`class_labels`: {name!r} names the classes {self._ambiguous_labels[name]}; give the id."
+                )
+            if name not in self.labels:
+                shown = ", ".join(list(self.labels)[:40]) or "none, so give class ids"
+                more = ", ... (see `pipe.labels`)" if len(self.labels) > 40 else ""
+                raise ValueError(f"`class_labels`: {name!r} is not a label of this pipeline. Labels: {shown}{more}.")
+        return [self.labels[name] for name in label]
+
+    def prepare_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+        """Labels in any form the call takes -> class ids."""
+        if isinstance(class_labels, torch.Tensor):
+            if class_labels.is_floating_point() or class_labels.dtype == torch.bool or class_labels.ndim > 1:
+                raise ValueError(
+                    "`class_labels` as a tensor must hold whole numbers in at most one dimension, got "
+                    f"{class_labels.dtype} of shape {tuple(class_labels.shape)}."
+                )
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        if not isinstance(class_labels, list | tuple) or not class_labels:
+            raise ValueError(
+                f"`class_labels` must be an int, a label name, a list of either with at least one, or a tensor, got {class_labels!r}."
+            )
+        num_classes = self.transformer.config.num_classes
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str):
+                ids += self.get_label_ids(label)
+            elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < num_classes:
+                ids.append(label)
+            else:
+                raise ValueError(
+                    f"`class_labels` must be ids from 0 to {num_classes - 1} or label names, got {label!r}."
+                )
+        return ids
+
+    def check_inputs(
+        self,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        batch_size: int,
+        latents: torch.LongTensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+        if not is_number or not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be a finite number of at least 0, got {guidance_scale!r}.")
+        self.scheduler.check_sampling(temperature, top_k, top_p)
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(g is None or isinstance(g, torch.Generator) for g in generators) or None in generators[1:]:
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one generator or a list of {batch_size}, one for each image, got {len(generator)}."
+            )
+        config, grid_size = self.transformer.config, self.scheduler.grid_size
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or latents.dtype != torch.long:
+                found = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise ValueError(f"`latents` must be a torch.long tensor of token ids, got {found}.")
+            if tuple(latents.shape) != (batch_size, *grid_size):
+                raise ValueError(f"`latents` must have the shape {(batch_size, *grid_size)}, got {tuple(latents.shape)}.")
+            if latents.min() < 0 or latents.max() >= config.vocab_size:
+                raise ValueError(
+                    f"`latents` must be token ids from 0 to {config.vocab_size - 1}, got {latents.min()} to {latents.max()}."
+                )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
+            )
+        # components that a user has exchanged
+        for name, value, allowed in (
+            ("transformer.config.condition", config.condition, "class"),
+            ("scheduler.config.prefix_length", self.scheduler.config.prefix_length, 1),
+            ("transformer.config.rope_axes", config.rope_axes, len(grid_size)),
+            ("vqvae.config.num_vq_embeddings", self.vqvae.config.num_vq_embeddings, config.vocab_size),
+        ):
+            if value != allowed:
+                raise ValueError(f"`{name}` must be {allowed!r} in this pipeline, got {value!r}.")
+        if self.scheduler.num_learnable_tokens > config.num_learnable_tokens:
+            raise ValueError(
+                f"`scheduler.config.num_parallel_tokens` must be at most {config.num_learnable_tokens + 1}, one more than "
+                f"the learnable tokens of the transformer, got {self.scheduler.config.num_parallel_tokens}."
+            )
+
+    def prepare_latents(
+        self, batch_size: int, device: torch.device, latents: torch.LongTensor | None = None
+    ) -> torch.LongTensor:
+        """The token grid (batch_size, *grid_size) that the steps fill."""
+        if latents is not None:
+            return latents.to(device)
+        return torch.zeros((batch_size, *self.scheduler.grid_size), dtype=torch.long, device=device)
+
+    def decode_latents(self, latents: torch.LongTensor) -> torch.Tensor:
+        """Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+        shape = (*latents.shape, self.vqvae.quantize.vq_embed_dim)
+        return self.vqvae.decode(latents, force_not_quantize=True, shape=shape, return_dict=False)[0]
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.LongTensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation.
+
+        Args:
+            class_labels (`int`, `str`, `list[int]`, `list[str]` or `torch.Tensor`):
+                Class ids or label names, one for each prompt.
+            num_inference_steps (`int`, *optional*):
+                The plan of the scheduler fixes the number of steps; another number is an error.
+            guidance_scale (`float`, *optional*):
+                Classifier-free guidance scale s of `uncond + s * (cond - uncond)`; up to 1 there is no guidance. Defaults
+                to the checkpoint's own (`scheduler.config.guidance_scale`).
+            num_images_per_prompt (`int`, defaults to 1): Images of each label.
+            temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
+                Sampling values; see [`PARScheduler.step`]. Default to the checkpoint's own (`scheduler.config`).
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One for all images, or one for each: then an image does not depend on the batch around it.
+            latents (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
+                Token ids in raster layout that the grid holds before the first step. Every token is generated all the
+                same.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (B, H, W, 3) in [0, 1], `"pt"` (B, 3, H, W) in [0, 1], or `"latent"`: token ids
+                (B, height, width) in raster layout, `torch.long`.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
+                Called at the end of each step with the pipeline, the step, the timestep and the tensors named by
+                `callback_on_step_end_tensor_inputs`; what it returns replaces them.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Tensors to hand to the callback.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: The images.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if not isinstance(num_images_per_prompt, int) or isinstance(num_images_per_prompt, bool) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a whole number of at least 1, got {num_images_per_prompt!r}.")
+
+        # 1. Defaults of the checkpoint, and the plan
+        defaults = self.scheduler.config
+        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        temperature = defaults.temperature if temperature is None else temperature
+        top_k = defaults.top_k if top_k is None else top_k
+        top_p = defaults.top_p if top_p is None else top_p
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+
+        # 2. Check inputs
+        class_ids = self.prepare_class_labels(class_labels)
+        batch_size = len(class_ids) * num_images_per_prompt
+        self.check_inputs(
+            guidance_scale,
+            num_images_per_prompt,
+            temperature,
+            top_k,
+            top_p,
+            generator,
+            batch_size,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._num_timesteps = len(timesteps)
+        self._current_timestep = None
+        self._interrupt = False
+
+        # 3. Prepare the conditions; whether there is guidance is fixed for the call, its scale is not
+        config = self.transformer.config
+        labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
+        use_guidance = self.do_classifier_free_guidance
+        if use_guidance:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+
+        # 4. Prepare the token grid and the cache
+        latents = self.prepare_latents(batch_size, device, latents)
+        past_key_values = DynamicCache(config=config)
+
+        # 5. Generation loop
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                inputs = self.scheduler.model_inputs(latents, config.vocab_size, i)
+                if use_guidance and "input_ids" in inputs:
+                    inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
+                logits = self.transformer(
+                    **inputs,
+                    class_labels=labels if i == 0 else None,
+                    past_key_values=past_key_values,
+                    use_cache=True,
+                    logits_to_keep=len(self.scheduler.step_tokens[i]),
+                ).logits.float()
+                if use_guidance:
+                    cond, uncond = logits.chunk(2)
+                    logits = uncond + self.guidance_scale * (cond - uncond)
+                latents = self.scheduler.step(
+                    logits, i, latents, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+                ).prev_sample
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+                if XLA_AVAILABLE:
+                    xm.mark_step()
+        self._current_timestep = None
+
+        # 6. Decode
+        if output_type == "latent":
+            image = latents
+        else:
+            image = self.decode_latents(latents)
+            image = self.image_processor.postprocess(image, output_type=output_type)
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)
