@@ -12,7 +12,7 @@ import argparse
 import json
 import pickle
 import re
-import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -53,7 +53,7 @@ PUBLISHED_GUIDANCE = {
     ("XXL", 1): 1.75,
     ("3B", 1): 1.65,
 }
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 SHARD_SIZE = 1 << 30  # bytes of the tensors held in memory at a time
 LABELS = Path(__file__).parent.parent / "par_diffusers" / "assets" / "imagenet_labels.json"
 
@@ -87,7 +87,9 @@ def load_state_dict(file: str | Path) -> dict[str, torch.Tensor]:
                 checkpoint = checkpoint[key]
                 break
     if not isinstance(checkpoint, dict) or not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        raise ValueError(f"`{file}` holds no model: expected tensors by name, or such under model, module or state_dict.")
+        raise ValueError(
+            f"`{file}` holds no model: expected tensors by name, or such under model, module or state_dict."
+        )
     return {name: value for name, value in checkpoint.items() if isinstance(value, torch.Tensor)}
 
 
@@ -212,8 +214,10 @@ def write_transformer(
         for source in sources:
             expected[source] = state_dict[source].shape if source in state_dict else None
         stacked = sum(state_dict[source].shape[0] for source in sources if source in state_dict)
-        if rows.stop is None and stacked != tensor.shape[0] or any(
-            source in state_dict and state_dict[source].shape[1:] != tensor.shape[1:] for source in sources
+        if (
+            rows.stop is None
+            and stacked != tensor.shape[0]
+            or any(source in state_dict and state_dict[source].shape[1:] != tensor.shape[1:] for source in sources)
         ):
             raise ValueError(
                 f"`{file}`: `{' + '.join(sources)}` must have the shape {tuple(tensor.shape)}, "
@@ -383,8 +387,8 @@ def convert_llamagen(
         raise ValueError(f"`output`: the folder `{output}` is not empty; `overwrite` (--overwrite) replaces it.")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
-        dtype = DTYPES[dtype]
+            raise ValueError(f"`dtype` must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}.")
+        dtype = getattr(torch, dtype)
 
     state_dict = _load_kind(checkpoint, "a class-conditional model", "checkpoint")
     config = model_config(state_dict, num_attention_heads)
@@ -426,29 +430,7 @@ def convert_llamagen(
     return output
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="published .pt of the model")
-    parser.add_argument("--vq-checkpoint", required=True, metavar="FILE", help="published .pt of the VQ tokenizer")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--image-size", type=int, default=384, help="pixels of a side (default: %(default)s)")
-    parser.add_argument("--num-attention-heads", type=int, help="for sizes other than the published ones")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the model's weights (default: as in the file)")
-    parser.add_argument("--guidance-scale", type=float, help="default of the pipeline (default: the published one)")
-    parser.add_argument("--labels", metavar="FILE", help="class names, JSON or one a line (default: ImageNet's for 1,000)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
-
-
-def run(args: argparse.Namespace) -> None:
-    folder = convert_llamagen(**{name: value for name, value in vars(args).items() if name not in ("command", "run")})
-    scheduler = PARScheduler.from_pretrained(folder, subfolder="scheduler")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(
-        f"{folder}: {size / 1e6:.1f} MB, {'x'.join(map(str, scheduler.grid_size))} tokens in "
-        f"{scheduler.num_inference_steps} steps, guidance scale {scheduler.config.guidance_scale:g}"
-    )
-
-
 if __name__ == "__main__":
     from par_diffusers.cli import main
 
-    raise SystemExit(main(["convert", *__import__("sys").argv[1:]]))
+    sys.exit(main(["convert", *sys.argv[1:]]))

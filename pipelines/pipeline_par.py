@@ -171,7 +171,9 @@ class PARPipeline(DiffusionPipeline):
     @staticmethod
     def _export_source(cls: type, folder: Path) -> list[str]:
         module = cls.__module__.split(".")[-1]
-        source = getattr(cls, "_source", None) or Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8")
+        source = getattr(cls, "_source", None) or Path(sys.modules[cls.__module__].__file__).read_text(
+            encoding="utf-8"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{module}.py").write_text(source, encoding="utf-8")
         return [module, cls.__name__]
@@ -335,7 +337,9 @@ class PARPipeline(DiffusionPipeline):
                 found = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
                 raise ValueError(f"`latents` must be a torch.long tensor of token ids, got {found}.")
             if tuple(latents.shape) != (batch_size, *grid_size):
-                raise ValueError(f"`latents` must have the shape {(batch_size, *grid_size)}, got {tuple(latents.shape)}.")
+                raise ValueError(
+                    f"`latents` must have the shape {(batch_size, *grid_size)}, got {tuple(latents.shape)}."
+                )
             if latents.min() < 0 or latents.max() >= config.vocab_size:
                 raise ValueError(
                     f"`latents` must be token ids from 0 to {config.vocab_size - 1}, got {latents.min()} to {latents.max()}."
@@ -430,8 +434,14 @@ class PARPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if not isinstance(num_images_per_prompt, int) or isinstance(num_images_per_prompt, bool) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a whole number of at least 1, got {num_images_per_prompt!r}.")
+        if (
+            not isinstance(num_images_per_prompt, int)
+            or isinstance(num_images_per_prompt, bool)
+            or num_images_per_prompt < 1
+        ):
+            raise ValueError(
+                f"`num_images_per_prompt` must be a whole number of at least 1, got {num_images_per_prompt!r}."
+            )
 
         # 1. Defaults of the checkpoint, and the plan
         defaults = self.scheduler.config

@@ -13,7 +13,9 @@ def embedded_model(name: str) -> Path:
     'par-glyphs-4x'
     ```
     """
-    names = sorted(folder.name for folder in Path(__file__).parent.iterdir() if (folder / "model_index.json").is_file())
+    names = sorted(
+        folder.name for folder in Path(__file__).parent.iterdir() if (folder / "model_index.json").is_file()
+    )
     if name not in names:
         raise ValueError(f"`name` must be an embedded model, one of {names}, got {name!r}.")
     return Path(__file__).parent / name

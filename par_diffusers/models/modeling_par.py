@@ -115,9 +115,7 @@ class PARConfig(PreTrainedConfig):
             )
         for name, allowed in (("rope_unplaced", ("zero", "identity")), ("condition", ("class", "caption"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
-                )
+                raise ValueError(f"`{name}` must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
         if self.rope_axes not in (2, 3):
             raise ValueError(f"`rope_axes` must be 2 or 3, got {self.rope_axes!r}.")
         super().__post_init__(**kwargs)
@@ -308,7 +306,9 @@ class PARModel(PARPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         slots = []
         if class_labels is not None or encoder_hidden_states is not None:
-            slots.append(self.embed_condition(class_labels if encoder_hidden_states is None else encoder_hidden_states))
+            slots.append(
+                self.embed_condition(class_labels if encoder_hidden_states is None else encoder_hidden_states)
+            )
         if input_ids is not None:
             slots.append(self.embed_tokens(input_ids))
         if not slots:

@@ -130,10 +130,16 @@ def render_split(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m par_diffusers.training.glyphs", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.safetensors, validation.safetensors")
+    parser = argparse.ArgumentParser(
+        prog="python -m par_diffusers.training.glyphs", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for train.safetensors, validation.safetensors"
+    )
     parser.add_argument("--image-size", type=int, default=48, help="pixels of a side (default: %(default)s)")
-    parser.add_argument("--variants", type=int, default=4, help="pictures of each glyph of each font (default: %(default)s)")
+    parser.add_argument(
+        "--variants", type=int, default=4, help="pictures of each glyph of each font (default: %(default)s)"
+    )
     parser.add_argument("--min-likeness", type=float, default=0.6, help="see keep_legible (default: %(default)s)")
     parser.add_argument("--min-ink", type=float, default=0.3, help="see keep_legible (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """Trains a PAR model on the tokens of an image set.
 
-    accelerate launch -m par_diffusers.training.train_par --data glyphs --tokenizer tokenizer --output model --steps 3000
+accelerate launch -m par_diffusers.training.train_par --data glyphs --tokenizer tokenizer --output model --steps 3000
 """
 
 import argparse
@@ -90,7 +90,8 @@ def train_par(
                 trained = accelerator.reduce(running, "mean").item() / (step % log_every or log_every)
                 speed = step * batch_size * accelerator.num_processes / (time.perf_counter() - started)
                 accelerator.print(
-                    f"step {step}/{steps} loss {trained:.4f} validation {held_out:.4f} {speed:.0f} samples/s", flush=True
+                    f"step {step}/{steps} loss {trained:.4f} validation {held_out:.4f} {speed:.0f} samples/s",
+                    flush=True,
                 )
                 running = 0.0
             if save is not None and step % save_every == 0 and accelerator.is_main_process:

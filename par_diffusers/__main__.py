@@ -1,0 +1,6 @@
+import sys
+
+from par_diffusers.cli import main
+
+
+sys.exit(main())

@@ -1,0 +1,221 @@
+"""The command line: `par-diffusers COMMAND`, `python -m par_diffusers COMMAND`, `accelerate launch -m par_diffusers COMMAND`."""
+
+import argparse
+import os
+import secrets
+import shlex
+import sys
+from pathlib import Path
+
+from par_diffusers._version import __version__
+
+
+DEFAULT_MODEL = "par-glyphs-4x"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad input is one line and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _add_generate(commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="images from a pipeline",
+        description="Draws images and writes them as one PNG. Without --model it uses the embedded model of letters and digits.",
+        epilog="""examples:
+  par-diffusers generate "PAR"
+  par-diffusers generate "HELLO 2026" --num-images 4 --seed 7 --output hello.png
+  par-diffusers generate --model par-xl-4x --labels "golden retriever" 388 --guidance-scale 1.5""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "text", nargs="?", metavar="TEXT", help="one image for each character (models of single characters)"
+    )
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="label names or class ids, instead of TEXT")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="DIR",
+        help="pipeline folder, Hub repository or embedded model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="images of each label (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the first image; image i uses seed + i (default: drawn and printed)"
+    )
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the model's own)")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest tokens (default: the model's own)")
+    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens, 0 all (default: the model's own)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens of mass p (default: the model's own)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the backbone (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("generated.png"),
+        metavar="FILE",
+        help="PNG to write (default: %(default)s)",
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace, argv: list[str]) -> None:
+    if (args.text is None) == (args.labels is None):
+        raise ValueError("give either TEXT or --labels.")
+    if args.text is not None and not args.text.strip():
+        raise ValueError("TEXT must have at least one character that is not a space.")
+    if args.output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {args.output}.")
+    import torch
+
+    from par_diffusers.assets import embedded_model
+    from par_diffusers.pipelines import PARPipeline
+    from par_diffusers.sampling.generate import generate, lay_out, save_image, spell
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    is_path = Path(args.model).exists() or "/" in args.model
+    dtype = {"transformer": getattr(torch, args.dtype), "default": torch.float32}
+    pipe = PARPipeline.from_pretrained(args.model if is_path else embedded_model(args.model), dtype=dtype).to(device)
+    if args.text is not None:
+        labels = spell(pipe, args.text)
+    else:
+        labels = [int(name) if name.isdecimal() and name not in pipe.labels else name for name in args.labels]
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    options = {name: getattr(args, name) for name in names}
+    images = generate(pipe, labels, num_images=args.num_images, seed=seed, batch_size=args.batch_size, **options)
+    save_image(lay_out(images, args.num_images, is_text=args.text is not None), args.output)
+    again = shlex.join(["par-diffusers", *argv, *([] if args.seed is not None else ["--seed", str(seed)])])
+    count = sum(image is not None for image in images)
+    print(
+        f"{args.output}: {count} image{'s' * (count > 1)} in {pipe.num_timesteps} steps each. The same again: {again}"
+    )
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="a published checkpoint to a pipeline folder",
+        description="Converts a class-conditional PAR or LlamaGen checkpoint and its VQ tokenizer to a pipeline folder.",
+        epilog="""examples:
+  par-diffusers convert --checkpoint PAR-XL-4x.pt --vq-checkpoint vq_ds16_c2i.pt --output par-xl-4x
+  par-diffusers convert --checkpoint c2i_B_256.pt --vq-checkpoint vq_ds16_c2i.pt --output llamagen-b --image-size 256""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="published .pt of the model")
+    parser.add_argument("--vq-checkpoint", required=True, metavar="FILE", help="published .pt of the VQ tokenizer")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--image-size", type=int, default=384, help="pixels of a side (default: %(default)s)")
+    parser.add_argument("--num-attention-heads", type=int, help="for sizes other than the published ones")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the model's weights (default: the file's)"
+    )
+    parser.add_argument("--guidance-scale", type=float, help="default of the pipeline (default: the published one)")
+    parser.add_argument(
+        "--labels", metavar="FILE", help="class names, JSON or one a line (default: ImageNet's for 1,000)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace, argv: list[str]) -> None:
+    from par_diffusers.conversion import convert_llamagen
+    from par_diffusers.schedulers import PARScheduler
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    folder = convert_llamagen(**options)
+    scheduler = PARScheduler.from_pretrained(folder, subfolder="scheduler")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(
+        f"{folder}: {size / 1e6:.1f} MB, {'x'.join(map(str, scheduler.grid_size))} tokens in "
+        f"{scheduler.num_inference_steps} steps, guidance scale {scheduler.config.guidance_scale:g}"
+    )
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="the order, groups and steps of a configuration",
+        description="Prints the token plan of a configuration, or of a pipeline folder, and draws it.",
+        epilog="""examples:
+  par-diffusers plan --grid-size 8 8
+  par-diffusers plan --grid-size 24 24 --num-parallel-tokens 16 --output plan.png
+  par-diffusers plan --model par-glyphs-4x --output plan.png""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="DIR", help="take the scheduler of a pipeline folder or embedded model")
+    parser.add_argument(
+        "--grid-size", type=int, nargs="+", metavar="N", help="height width, or frames height width (default: 24 24)"
+    )
+    parser.add_argument("--num-parallel-tokens", type=int, help="tokens of a parallel step (default: 4)")
+    parser.add_argument("--order", help="region or raster (default: region)")
+    parser.add_argument(
+        "--region-grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="default: the most square one"
+    )
+    parser.add_argument("--initial-tokens", help="sequential or parallel (default: sequential)")
+    parser.add_argument("--group-attention", help="full or causal (default: full)")
+    parser.add_argument("--prefix-length", type=int, help="slots of the condition (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG to draw")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace, argv: list[str]) -> None:
+    if args.output is not None and args.output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {args.output}.")
+    from par_diffusers.analysis.plan import describe_plan, draw_plan
+    from par_diffusers.assets import embedded_model
+    from par_diffusers.sampling.generate import save_image
+    from par_diffusers.schedulers import PARScheduler
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "model", "output")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.model is None:
+        scheduler = PARScheduler(**options)
+    else:
+        folder = args.model if Path(args.model).exists() or "/" in args.model else embedded_model(args.model)
+        scheduler = PARScheduler.from_pretrained(folder, subfolder="scheduler", **options)
+    print(describe_plan(scheduler))
+    if args.output is not None:
+        save_image(draw_plan(scheduler), args.output)
+        print(f"drawn: {args.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(
+        prog="par-diffusers",
+        description="Parallelized autoregressive visual generation (PAR).",
+        epilog="`par-diffusers COMMAND --help` says more and gives examples.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"par_diffusers {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_generate, _add_convert, _add_plan):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args, argv)
+    except BrokenPipeError:  # `par-diffusers plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"par-diffusers {args.command}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"par-diffusers {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
