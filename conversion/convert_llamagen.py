@@ -184,6 +184,22 @@ def _sources(name: str, config: PARConfig) -> tuple[list[str], slice]:
     return [f"{layer}.attention.wqkv.weight"], rows[part.removeprefix("self_attn.")[0]]
 
 
+def _published_shapes(model: PARForConditionalGeneration) -> dict[str, torch.Size]:
+    """Names and shapes a published checkpoint of this model must have."""
+    config = model.config
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        sources, rows = _sources(name, config)
+        shapes |= dict.fromkeys(sources, tensor.shape)
+        if rows.stop is not None:  # the last slice, the values, ends the stacked tensor
+            shapes[sources[0]] = torch.Size((rows.stop, *tensor.shape[1:]))
+    shapes["tok_embeddings.weight"] = torch.Size((config.vocab_size, config.hidden_size))
+    if config.num_learnable_tokens:
+        learnable = "spe_tok_embeddings.special_embeddings.weight"
+        shapes[learnable] = torch.Size((config.num_learnable_tokens, config.hidden_size))
+    return shapes
+
+
 def _check_tensors(expected: dict[str, torch.Size], found: dict[str, torch.Tensor], file: str | Path) -> None:
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
@@ -206,28 +222,12 @@ def write_transformer(
 ) -> None:
     """Writes the weights of `file` as the folder of `model`, which lies on the meta device, one shard at a time."""
     config = model.config
-    targets = model.state_dict()
     state_dict = load_state_dict(file)
-    expected = {}
-    for name, tensor in targets.items():
-        sources, rows = _sources(name, config)
-        for source in sources:
-            expected[source] = state_dict[source].shape if source in state_dict else None
-        stacked = sum(state_dict[source].shape[0] for source in sources if source in state_dict)
-        if (
-            rows.stop is None
-            and stacked != tensor.shape[0]
-            or any(source in state_dict and state_dict[source].shape[1:] != tensor.shape[1:] for source in sources)
-        ):
-            raise ValueError(
-                f"`{file}`: `{' + '.join(sources)}` must have the shape {tuple(tensor.shape)}, "
-                f"got {[tuple(state_dict[source].shape) for source in sources if source in state_dict]}."
-            )
-    _check_tensors(expected, state_dict, file)
+    _check_tensors(_published_shapes(model), state_dict, file)
     dtype = dtype or state_dict["output.weight"].dtype
 
     folder.mkdir()
-    targets = {name: tensor.to(dtype) for name, tensor in targets.items()}
+    targets = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     shards = split_torch_state_dict_into_shards(
         targets, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
     )
@@ -337,7 +337,7 @@ def read_labels(file: str | Path, num_classes: int) -> dict[str, str]:
     return {str(i): names[str(i)].strip() for i in range(num_classes)}
 
 
-def convert_llamagen(
+def convert_llamagen_checkpoint(
     checkpoint: str | Path,
     vq_checkpoint: str | Path,
     output: str | Path,
@@ -374,9 +374,9 @@ def convert_llamagen(
     Example:
 
     ```py
-    >>> from par_diffusers import convert_llamagen, PARPipeline
+    >>> from par_diffusers import PARPipeline, convert_llamagen_checkpoint
 
-    >>> folder = convert_llamagen("PAR-XL-4x.pt", "vq_ds16_c2i.pt", "par-xl-4x")  # doctest: +SKIP
+    >>> folder = convert_llamagen_checkpoint("PAR-XL-4x.pt", "vq_ds16_c2i.pt", "par-xl-4x")  # doctest: +SKIP
     >>> pipe = PARPipeline.from_pretrained(folder)  # doctest: +SKIP
     ```
     """

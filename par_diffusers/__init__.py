@@ -18,7 +18,7 @@ _LAZY = {
     "PARModel": "models",
     "PARPipeline": "pipelines",
     "PARScheduler": "schedulers",
-    "convert_llamagen": "conversion",
+    "convert_llamagen_checkpoint": "conversion",
     "embedded_model": "assets",
 }
 

@@ -78,12 +78,17 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
         raise ValueError("TEXT must have at least one character that is not a space.")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {args.output}.")
+    import diffusers
     import torch
+    import transformers
 
     from par_diffusers.assets import embedded_model
     from par_diffusers.pipelines import PARPipeline
     from par_diffusers.sampling.generate import generate, lay_out, save_image, spell
 
+    # the bars of loading; that of generating stays
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_path = Path(args.model).exists() or "/" in args.model
     dtype = {"transformer": getattr(torch, args.dtype), "default": torch.float32}
@@ -131,11 +136,11 @@ def _add_convert(commands) -> None:
 
 
 def _convert(args: argparse.Namespace, argv: list[str]) -> None:
-    from par_diffusers.conversion import convert_llamagen
+    from par_diffusers.conversion import convert_llamagen_checkpoint
     from par_diffusers.schedulers import PARScheduler
 
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
-    folder = convert_llamagen(**options)
+    folder = convert_llamagen_checkpoint(**options)
     scheduler = PARScheduler.from_pretrained(folder, subfolder="scheduler")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(

@@ -161,7 +161,7 @@ class PARPipeline(DiffusionPipeline):
             cls = type(getattr(component, "_orig_mod", component))
             if component is not None and cls.__module__.split(".")[0] not in ("diffusers", "transformers"):
                 index[name] = self._export_source(cls, folder / name)
-                if isinstance(component, PreTrainedModel):
+                if issubclass(cls, PreTrainedModel):
                     # transformers looks for the code of `from_pretrained(folder, subfolder="transformer")` at the root
                     self._export_source(cls, folder)
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -185,7 +185,7 @@ class PARPipeline(DiffusionPipeline):
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def _write_model_card(self, folder: Path, repo_id: str) -> None:
-        scheduler, config, vq_config = self.scheduler, self.transformer.config, self.vqvae.config
+        scheduler, config = self.scheduler, self.transformer.config
         self.scheduler.set_timesteps()
         height, width = (side * self.vae_scale_factor for side in scheduler.grid_size[-2:])
         first = next(iter(self.config.id2label.values())).split(",")[0] if self.config.id2label else 0

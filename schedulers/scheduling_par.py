@@ -120,6 +120,8 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
             if not _is_count(value):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         self.check_sampling(temperature, top_k, top_p)
+        # diffusers takes arguments given by position for defaults, which `from_config` would then drop
+        self.register_to_config(_use_default_values=[])
         self.set_timesteps()
 
     @property

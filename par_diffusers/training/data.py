@@ -12,9 +12,12 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def encode_images(vqvae: VQModel, images: torch.Tensor, batch_size: int = 64) -> torch.LongTensor:
     """uint8 images (B, 3, H, W) -> token ids (B, H / f, W / f) in raster layout, by the tokenizer's nearest codes."""
-    grids = []
-    for batch in images.split(batch_size):
-        latents = vqvae.encode(to_pixels(batch).to(vqvae.device, vqvae.dtype)).latents
-        indices = vqvae.quantize(latents)[2][2]
-        grids.append(indices.view(len(batch), *latents.shape[-2:]))
-    return torch.cat(grids)
+    factor = 2 ** (len(vqvae.config.block_out_channels) - 1)
+    height, width = images.shape[-2] // factor, images.shape[-1] // factor
+    # filled in place: a result kept from each batch pins the heap around it, gigabytes over a large image set
+    grids = torch.empty(len(images), height, width, dtype=torch.long)
+    for start in range(0, len(images), batch_size):
+        pixels = to_pixels(images[start : start + batch_size]).to(vqvae.device, vqvae.dtype)
+        indices = vqvae.quantize(vqvae.encode(pixels).latents)[2][2]
+        grids[start : start + batch_size] = indices.view(-1, height, width)
+    return grids
