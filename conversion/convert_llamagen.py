@@ -433,4 +433,4 @@ def convert_llamagen_checkpoint(
 if __name__ == "__main__":
     from par_diffusers.cli import main
 
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    main(["convert", *sys.argv[1:]])

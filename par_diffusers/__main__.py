@@ -1,6 +1,4 @@
-import sys
-
 from par_diffusers.cli import main
 
 
-sys.exit(main())
+main()

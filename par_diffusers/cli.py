@@ -5,6 +5,7 @@ import os
 import secrets
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from par_diffusers._version import __version__
@@ -197,8 +198,23 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
         print(f"drawn: {args.output}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
+@contextmanager
+def one_line_errors(prog: str):
+    """What a user can mend (a bad value, a missing file) ends with one line and exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:  # `par-diffusers plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(
         prog="par-diffusers",
@@ -211,16 +227,5 @@ def main(argv: list[str] | None = None) -> int:
     for add in (_add_generate, _add_convert, _add_plan):
         add(commands)
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors(f"par-diffusers {args.command}"):
         args.run(args, argv)
-    except BrokenPipeError:  # `par-diffusers plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"par-diffusers {args.command}: error: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"par-diffusers {args.command}: interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from safetensors.torch import load_file
 from torch import nn
 
+from par_diffusers.cli import one_line_errors
 from par_diffusers.pipelines import PARPipeline
-from par_diffusers.training.data import to_pixels
+from par_diffusers.training.data import load_split, to_pixels
 
 
 def build_judge(num_classes: int) -> nn.Module:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    train, held_out = (load_file(args.data / f"{split}.safetensors") for split in ("train", "validation"))
+    train, held_out = (load_split(args.data, split)[0] for split in ("train", "validation"))
     judge = train_judge(train["images"], train["labels"], seed=args.seed)
     real = accuracy(judge, to_pixels(held_out["images"]), held_out["labels"])
     print(f"real glyphs of held-out fonts: {real:.4f} of {len(held_out['labels'])}", flush=True)
@@ -81,4 +81,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("python -m par_diffusers.evaluation.judge"):
+        main()

@@ -1,7 +1,21 @@
 """Images and token ids, in the layouts that training passes around."""
 
+import json
+from pathlib import Path
+
 import torch
 from diffusers import VQModel
+from safetensors import safe_open
+
+
+def load_split(folder: Path, split: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """`images` uint8 (N, 3, H, W) and `labels` uint8 (N,) of a split made by par_diffusers.training.glyphs; class names."""
+    file = Path(folder) / f"{split}.safetensors"
+    if not file.is_file():
+        raise ValueError(f"`data` must be a folder made by par_diffusers.training.glyphs, `{file}` is missing.")
+    with safe_open(file, "pt") as tensors:
+        classes = json.loads(tensors.metadata()["classes"])
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}, classes  # noqa: SIM118
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageFont
 from safetensors.torch import save_file
 
+from par_diffusers.cli import one_line_errors
+
 
 CLASSES = string.ascii_uppercase + string.digits
 _MASTER = 128  # pixels of the em square that glyphs are drawn at before they are scaled down
@@ -101,8 +103,9 @@ def render_glyph(glyph: Image.Image, image_size: int, rng: random.Random) -> np.
     scale = min(limit / glyph.height, limit / glyph.width)
     size = max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))
     ink = np.zeros((image_size, image_size, 1))
-    left = (image_size - size[0]) // 2 + rng.randint(-2, 2)
-    top = (image_size - size[1]) // 2 + rng.randint(-2, 2)
+    shift = image_size // 24
+    left = (image_size - size[0]) // 2 + rng.randint(-shift, shift)
+    top = (image_size - size[1]) // 2 + rng.randint(-shift, shift)
     ink[top : top + size[1], left : left + size[0], 0] = np.asarray(glyph.resize(size, Image.BOX)) / 255
 
     hue = rng.random()
@@ -146,7 +149,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     everything = load_glyphs(find_font_files())
-    fonts = keep_legible(everything, args.min_likeness, args.min_ink)
+    fonts = keep_legible(everything, args.min_likeness, args.min_ink) if everything else {}
+    if len({family for family, _ in fonts}) < 2:
+        raise ValueError(
+            f"`fc-list` must know legible fonts of two families or more, found {len(everything)} fonts, {len(fonts)} of "
+            "them legible; install some (on Debian: packages fonts-*)."
+        )
     families = defaultdict(dict)
     for (family, style), drawn in fonts.items():
         families[family][family, style] = drawn
@@ -165,4 +173,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("python -m par_diffusers.training.glyphs"):
+        main()

@@ -4,7 +4,6 @@ accelerate launch -m par_diffusers.training.train_par --data glyphs --tokenizer 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import VQModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from par_diffusers.cli import one_line_errors
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.schedulers import PARScheduler
-from par_diffusers.training.data import encode_images
+from par_diffusers.training.data import encode_images, load_split
 
 
 def training_loss(
@@ -49,7 +47,6 @@ def train_par(
     steps: int,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
-    warmup_steps: int = 200,
     weight_decay: float = 0.05,
     log_every: int = 200,
     save: Callable[[PARForConditionalGeneration], None] | None = None,
@@ -59,11 +56,13 @@ def train_par(
     """
     Trains `model` on `grids`, token ids (N, *grid_size) in raster layout, and `labels`, class ids (N,).
 
-    `batch_size` is per process. AdamW with betas 0.9 and 0.95, cosine to zero, gradients clipped to norm 1 (paper,
+    `batch_size` is per process. AdamW with betas 0.9 and 0.95, cosine to zero after at most 200 steps of
+    warm-up, gradients clipped to norm 1 (paper,
     table 5). `validation` is a pair like (grids, labels); `save` is called with the model every `save_every` steps.
     """
     set_seed(seed)
     accelerator = Accelerator()
+    warmup_steps = min(200, steps // 10)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(
         optimizer, warmup_steps * accelerator.num_processes, steps * accelerator.num_processes
@@ -141,10 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    with safe_open(args.data / "train.safetensors", "pt") as file:
-        classes = json.loads(file.metadata()["classes"])
+    train, classes = load_split(args.data, "train")
+    held_out, _ = load_split(args.data, "validation")
     vqvae = VQModel.from_pretrained(args.tokenizer).eval()
-    train, held_out = (load_file(args.data / f"{split}.safetensors") for split in ("train", "validation"))
     grids = encode_images(vqvae, train["images"])
     held_out_grids = encode_images(vqvae, held_out["images"][:1024])
     print(f"{len(grids)} images as {tuple(grids.shape[1:])} tokens", flush=True)
@@ -189,4 +187,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("python -m par_diffusers.training.train_par"):
+        main()

@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import VQModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from par_diffusers.training.data import to_pixels
+from par_diffusers.cli import one_line_errors
+from par_diffusers.training.data import load_split, to_pixels
 
 
 REVIVE_EVERY = 100  # steps without a single use that make a code dead
@@ -43,7 +43,6 @@ def train_tokenizer(
     steps: int,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
-    warmup_steps: int = 200,
     autoencoder_fraction: float = 0.2,
     commitment: float = 0.25,
     log_every: int = 200,
@@ -56,6 +55,7 @@ def train_tokenizer(
     """
     set_seed(seed)
     accelerator = Accelerator()
+    warmup_steps = min(200, steps // 10)
     optimizer = torch.optim.AdamW(vqvae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, warmup_steps * accelerator.num_processes, steps * accelerator.num_processes
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    images = load_file(args.data / "train.safetensors")["images"]
+    images = load_split(args.data, "train")[0]["images"]
     levels = len(args.block_out_channels)
     torch.manual_seed(args.seed)
     vqvae = VQModel(
@@ -165,9 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
         vqvae, images, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed
     )
     vqvae.save_pretrained(args.output)
-    held_out = load_file(args.data / "validation.safetensors")["images"]
+    held_out = load_split(args.data, "validation")[0]["images"]
     print("validation", {name: round(value, 4) for name, value in reconstruction_report(vqvae, held_out).items()})
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("python -m par_diffusers.training.train_tokenizer"):
+        main()

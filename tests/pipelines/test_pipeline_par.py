@@ -118,7 +118,7 @@ def test_guidance_up_to_one_uses_the_condition_alone(pipe):
 def test_defaults_come_from_the_scheduler_config(make_pipeline):
     pipe = make_pipeline()
     pipe.scheduler = PARScheduler((4, 4), guidance_scale=3.0, temperature=0.7, top_k=5, top_p=0.9)
-    explicit = dict(guidance_scale=3.0, temperature=0.7, top_k=5, top_p=0.9)
+    explicit = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
     default = tokens(pipe, [3, 8], generator=seeded(0, 1))
     assert pipe.guidance_scale == 3.0 and pipe.do_classifier_free_guidance
     assert torch.equal(default, tokens(pipe, [3, 8], generator=seeded(0, 1), **explicit))
