@@ -201,20 +201,21 @@ def _published_shapes(model: PARForConditionalGeneration) -> dict[str, torch.Siz
 
 
 def _check_tensors(expected: dict[str, torch.Size], found: dict[str, torch.Tensor], file: str | Path) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    if missing or extra:
-        parts = [f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in
-                 (("misses", missing), ("has unknown", extra)) if names]  # fmt: skip
-        raise ValueError(f"`{file}` {' and '.join(parts)}.")
+    for what, names in (("misses", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(f"`{file}` {what} {shown}.")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise ValueError(f"`{file}`: `{name}` must have the shape {tuple(shape)}, got {tuple(found[name].shape)}.")
+        if not found[name].is_floating_point():
+            raise ValueError(f"`{file}`: `{name}` must hold floating-point numbers, got {found[name].dtype}.")
 
 
 def _check_finite(name: str, tensor: torch.Tensor, file: str | Path) -> None:
     if not tensor.isfinite().all():
-        raise ValueError(f"`{file}`: `{name}` holds values that are not finite.")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"`{file}`: `{name}` holds values that are not finite in {dtype}.")
 
 
 def write_transformer(
@@ -238,8 +239,8 @@ def write_transformer(
             sources, rows = _sources(name, config)
             parts = [state_dict[source] for source in sources]
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0][rows]
-            _check_finite(" + ".join(sources), tensor, file)
             tensors[name] = tensor.to(dtype).contiguous()
+            _check_finite(" + ".join(sources), tensors[name], file)
         save_file(tensors, folder / shard, {"format": "pt"})
         del state_dict, tensors, parts, tensor
     if shards.is_sharded:

@@ -185,17 +185,16 @@ class PARPipeline(DiffusionPipeline):
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def _write_model_card(self, folder: Path, repo_id: str) -> None:
-        scheduler, config = self.scheduler, self.transformer.config
-        self.scheduler.set_timesteps()
+        config = self.transformer.config
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # with the plan of its own grid
         height, width = (side * self.vae_scale_factor for side in scheduler.grid_size[-2:])
-        first = next(iter(self.config.id2label.values())).split(",")[0] if self.config.id2label else 0
         known = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "license": "unknown"}
         known["tags"] = ["par", "autoregressive", "class-conditional", "diffusers:" + type(self).__name__]
         known["metrics"] = ["fid", "inception_score"]
         text = CARD.format(
             repo_id=repo_id,
             samples="\n![samples](samples.png)\n" if (folder / "samples.png").exists() else "",
-            labels=[first],
+            labels=[next(iter(self.labels), 0)],
             num_tokens=math.prod(scheduler.grid_size),
             num_steps=scheduler.num_inference_steps,
             parameters=f"{self.transformer.num_parameters() / 1e6:.1f} M",

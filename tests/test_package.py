@@ -1,11 +1,14 @@
+import doctest
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import par_diffusers
-from par_diffusers import PARPipeline, embedded_model
+from par_diffusers import PARForConditionalGeneration, PARPipeline, PARScheduler, embedded_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +25,12 @@ def test_public_names_are_there():
 
 
 def test_bare_checkout_imports_and_subfolders_are_the_package():
-    code = "import par_diffusers, par_diffusers.pipelines as p; print(par_diffusers.__file__, p.__file__)"
-    run = subprocess.run([sys.executable, "-S", "-c", "import sys; print(sys.version)"], capture_output=True)
-    assert run.returncode == 0
+    code = (
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)]  # not the installed one\n"
+        "import par_diffusers, par_diffusers.pipelines as pipelines\n"
+        "print(par_diffusers.__file__, pipelines.__file__)\n"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.split() == [str(ROOT / "par_diffusers/__init__.py"), str(ROOT / "pipelines/__init__.py")]
 
@@ -51,27 +57,16 @@ def test_imagenet_names_ship():
     assert names["1"] == "goldfish, Carassius auratus" and names["999"].startswith("toilet")
 
 
-def test_docstring_examples_run():
-    import doctest
-
-    import par_diffusers.assets
-    import par_diffusers.models.modeling_par
-    import par_diffusers.schedulers.scheduling_par
-
-    modules = (par_diffusers.assets, par_diffusers.models.modeling_par, par_diffusers.schedulers.scheduling_par)
-    for module in modules:
-        result = doctest.testmod(module)
-        assert result.attempted >= 2 and result.failed == 0
-
-
-def test_pipeline_example_runs():
-    import doctest
-
-    finder = doctest.DocTestFinder(recurse=False)
-    runner = doctest.DocTestRunner()
-    (example,) = finder.find(PARPipeline.__call__, "__call__", globs={})
-    assert len(example.examples) > 4
-    assert runner.run(example).failed == 0
+@pytest.mark.parametrize(
+    "documented",
+    [PARPipeline.__call__, PARScheduler, PARForConditionalGeneration, embedded_model],
+    ids=lambda o: o.__name__,
+)
+def test_docstring_examples_run(documented):
+    text = re.sub(r"(?m)^ *```.*$", "", documented.__doc__)
+    example = doctest.DocTestParser().get_doctest(text, {}, documented.__name__, None, None)
+    assert len(example.examples) >= 2
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_embedded_model_is_small_half_precision_and_named():

@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--image-size", type=int, default=48, help="pixels of a side (default: %(default)s)")
     parser.add_argument(
-        "--variants", type=int, default=4, help="pictures of each glyph of each font (default: %(default)s)"
+        "--variants", type=int, default=5, help="pictures of each glyph of each font (default: %(default)s)"
     )
     parser.add_argument("--min-likeness", type=float, default=0.6, help="see keep_legible (default: %(default)s)")
     parser.add_argument("--min-ink", type=float, default=0.3, help="see keep_legible (default: %(default)s)")

@@ -1,6 +1,6 @@
 """Trains a PAR model on the tokens of an image set.
 
-accelerate launch -m par_diffusers.training.train_par --data glyphs --tokenizer tokenizer --output model --steps 3000
+accelerate launch -m par_diffusers.training.train_par --data glyphs --tokenizer tokenizer --output model
 """
 
 import argparse
@@ -128,13 +128,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the VQModel")
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained pipeline")
     parser.add_argument("--num-parallel-tokens", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--hidden-size", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--intermediate-size", type=int, default=640, help="default: %(default)s")
+    parser.add_argument("--hidden-size", type=int, default=224, help="default: %(default)s")
+    parser.add_argument("--intermediate-size", type=int, default=576, help="default: %(default)s")
     parser.add_argument("--num-hidden-layers", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--num-attention-heads", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--num-attention-heads", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--condition-dropout", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, help="per process (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6400, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, help="per process (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="default of the pipeline (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """Trains an image tokenizer: a stock `diffusers.VQModel` with an l2-normalised codebook.
 
-    accelerate launch -m par_diffusers.training.train_tokenizer --data glyphs --output tokenizer --steps 3000
+    accelerate launch -m par_diffusers.training.train_tokenizer --data glyphs --output tokenizer
 
 The first fifth of the steps trains a plain autoencoder on normalised latents; the codebook then starts from latents of
 the data, which leaves few dead codes, and codes nothing has used for a while are moved onto latents of the batch at hand.

@@ -186,6 +186,19 @@ def test_dtype_is_that_of_the_backbone(dtype, reference, tmp_path):
     assert pipe.vqvae.dtype == torch.float32
 
 
+def test_values_too_large_for_the_dtype_are_refused(reference, tmp_path):
+    file = rewrite(reference, "par_c2i_4x", tmp_path / "large.pt", change=with_value("norm.weight", poisoned(1e5)))
+    with pytest.raises(ValueError, match="norm.weight.*not finite in float16"):
+        convert_llamagen_checkpoint(
+            file,
+            reference("par_c2i_4x").vq_file,
+            tmp_path / "out",
+            image_size=32,
+            num_attention_heads=4,
+            dtype="float16",
+        )
+
+
 def test_labels_come_from_a_file_or_are_imagenets(reference, tmp_path):
     names = [f"name {i}" for i in range(10)]
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
@@ -314,6 +327,7 @@ def poisoned(value):
         ("model", with_value("tok_embeddings.weight", lambda t: t[0]), "tok_embeddings.weight.*2 dimensions"),
         ("model", with_value("layers.1.attention.wo.weight", poisoned(float("nan"))), "layers.1.attention.wo.weight.*not finite"),
         ("model", with_value("tok_embeddings.weight", poisoned(float("inf"))), "tok_embeddings.weight.*not finite"),
+        ("model", with_value("norm.weight", lambda t: t.long()), "norm.weight.*floating-point.*int64"),
         ("vq", without("quant_conv.bias"), "misses quant_conv.bias"),
         ("vq", without("encoder.conv_blocks.0.res.0.conv1.weight"), "encoder.conv_blocks.0.res.0.conv1.weight"),
         ("vq", with_value("extra", lambda _: torch.zeros(2)), "unknown extra"),

@@ -245,7 +245,7 @@ def test_model_card_describes_the_pipeline(pipe, tmp_path):
     data = yaml.safe_load(front_matter)
     assert data["library_name"] == "diffusers" and data["license"] == "mit" and data["datasets"] == ["imagenet-1k"]
     assert data["pipeline_tag"] == "unconditional-image-generation" and "par" in data["tags"]
-    for part in ("trust_remote_code=True", "class_labels=['zero']", "4 x 4", "| steps | 7 |", "8 x 8 pixels",
+    for part in ("trust_remote_code=True", "class_labels=['eight']", "4 x 4", "| steps | 7 |", "8 x 8 pixels",
                  "![samples](samples.png)", "guidance scale 1.5"):  # fmt: skip
         assert part in body
     assert Image.open(tmp_path / "a" / "samples.png").size == (16, 8)
