@@ -153,9 +153,7 @@ class PARPipeline(DiffusionPipeline):
         # `save_pretrained` calls this after the components are written and before anything is uploaded
         super().save_config(save_directory)
         folder = Path(save_directory)
-        index_file = folder / self.config_name
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        index.pop("_name_or_path", None)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
         index["_class_name"] = self._export_source(type(self), folder)
         for name, component in self.components.items():
             cls = type(getattr(component, "_orig_mod", component))
@@ -164,9 +162,17 @@ class PARPipeline(DiffusionPipeline):
                 if issubclass(cls, PreTrainedModel):
                     # transformers looks for the code of `from_pretrained(folder, subfolder="transformer")` at the root
                     self._export_source(cls, folder)
-        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        self._write_json(folder / self.config_name, index)
+        # diffusers records where the tokenizer was loaded from, which is nobody's business and differs at each save
+        vqvae_config = folder / "vqvae" / "config.json"
+        self._write_json(vqvae_config, json.loads(vqvae_config.read_text(encoding="utf-8")))
         if not (folder / "README.md").exists():
             self._write_model_card(folder, repo_id="FOLDER_OR_REPOSITORY")
+
+    @staticmethod
+    def _write_json(file: Path, content: dict) -> None:
+        content.pop("_name_or_path", None)
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @staticmethod
     def _export_source(cls: type, folder: Path) -> list[str]:
