@@ -15,7 +15,10 @@ DEFAULT_MODEL = "par-glyphs-4x"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Bad input is one line and exit code 2."""
+    """Bad input is one line and exit code 2; options are written out."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -220,7 +223,6 @@ def main(argv: list[str] | None = None) -> None:
         prog="par-diffusers",
         description="Parallelized autoregressive visual generation (PAR).",
         epilog="`par-diffusers COMMAND --help` says more and gives examples.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"par_diffusers {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -98,6 +98,7 @@ def test_generate_hands_sampling_options_on(folder, tmp_path):
         (["generate", "A", "--output", "picture.jpg"], ".png"),
         (["generate", "A", "--seed", "one"], "--seed"),
         (["generate", "A", "--unknown"], "--unknown"),
+        (["generate", "A", "--num", "2"], "--num"),
         (["generate", "A", "--dtype", "int8"], "--dtype"),
     ],
 )
