@@ -303,7 +303,7 @@ def convert_vq(file: str | Path, sample_size: int) -> VQModel:
         scaling_factor=1.0,
         lookup_from_codebook=True,
     )
-    converted, names = {}, {}
+    converted = {}
     for name, value in state_dict.items():
         _check_finite(name, value, file)
         new = name
@@ -312,7 +312,6 @@ def convert_vq(file: str | Path, sample_size: int) -> VQModel:
         if re.search(r"attentions\.\d+\.to_", new) and value.ndim == 4:
             value = value[:, :, 0, 0]  # 1x1 convolution -> linear
         converted[new] = value.float()
-        names[new] = name
     _check_tensors({name: tensor.shape for name, tensor in vqvae.state_dict().items()}, converted, file)
     converted["quantize.embedding.weight"] = F.normalize(converted["quantize.embedding.weight"], dim=-1)
     vqvae.load_state_dict(converted)
@@ -408,9 +407,10 @@ def convert_llamagen_checkpoint(
     if guidance_scale is None:
         guidance_scale = PUBLISHED_GUIDANCE.get((size, n), 1.0)
     try:
-        scheduler = PARScheduler((image_size // factor,) * 2, num_parallel_tokens=n, guidance_scale=guidance_scale)
+        scheduler = PARScheduler((image_size // factor,) * 2, num_parallel_tokens=n)
     except ValueError as error:
         raise ValueError(f"`image_size` (--image-size) {image_size} gives a grid that does not fit: {error}") from None
+    scheduler = PARScheduler.from_config(scheduler.config, guidance_scale=guidance_scale)
     if labels is None and config.num_classes == 1000:
         labels = LABELS
     id2label = read_labels(labels, config.num_classes) if labels is not None else None

@@ -24,6 +24,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def _model_source(name: str) -> str | Path:
+    """A folder or Hub repository as it is; anything else names an embedded model."""
+    from par_diffusers.assets import embedded_model
+
+    return name if Path(name).exists() or "/" in name else embedded_model(name)
+
+
 def _add_generate(commands) -> None:
     parser = commands.add_parser(
         "generate",
@@ -86,7 +93,6 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     import torch
     import transformers
 
-    from par_diffusers.assets import embedded_model
     from par_diffusers.pipelines import PARPipeline
     from par_diffusers.sampling.generate import generate, lay_out, save_image, spell
 
@@ -94,9 +100,8 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_path = Path(args.model).exists() or "/" in args.model
     dtype = {"transformer": getattr(torch, args.dtype), "default": torch.float32}
-    pipe = PARPipeline.from_pretrained(args.model if is_path else embedded_model(args.model), dtype=dtype).to(device)
+    pipe = PARPipeline.from_pretrained(_model_source(args.model), dtype=dtype).to(device)
     if args.text is not None:
         labels = spell(pipe, args.text)
     else:
@@ -184,7 +189,6 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     if args.output is not None and args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {args.output}.")
     from par_diffusers.analysis.plan import describe_plan, draw_plan
-    from par_diffusers.assets import embedded_model
     from par_diffusers.sampling.generate import save_image
     from par_diffusers.schedulers import PARScheduler
 
@@ -193,8 +197,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     if args.model is None:
         scheduler = PARScheduler(**options)
     else:
-        folder = args.model if Path(args.model).exists() or "/" in args.model else embedded_model(args.model)
-        scheduler = PARScheduler.from_pretrained(folder, subfolder="scheduler", **options)
+        scheduler = PARScheduler.from_pretrained(_model_source(args.model), subfolder="scheduler", **options)
     print(describe_plan(scheduler))
     if args.output is not None:
         save_image(draw_plan(scheduler), args.output)

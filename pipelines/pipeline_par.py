@@ -313,7 +313,6 @@ class PARPipeline(DiffusionPipeline):
     def check_inputs(
         self,
         guidance_scale: float,
-        num_images_per_prompt: int,
         temperature: float,
         top_k: int,
         top_p: float,
@@ -325,10 +324,7 @@ class PARPipeline(DiffusionPipeline):
     ):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
-        if not is_number or not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be a finite number of at least 0, got {guidance_scale!r}.")
-        self.scheduler.check_sampling(temperature, top_k, top_p)
+        self.scheduler.check_sampling(temperature, top_k, top_p, guidance_scale)
         generators = generator if isinstance(generator, list) else [generator]
         if not all(g is None or isinstance(g, torch.Generator) for g in generators) or None in generators[1:]:
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
@@ -463,7 +459,6 @@ class PARPipeline(DiffusionPipeline):
         batch_size = len(class_ids) * num_images_per_prompt
         self.check_inputs(
             guidance_scale,
-            num_images_per_prompt,
             temperature,
             top_k,
             top_p,

@@ -119,7 +119,7 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
         for name, value in (("num_parallel_tokens", num_parallel_tokens), ("prefix_length", prefix_length)):
             if not _is_count(value):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        self.check_sampling(temperature, top_k, top_p)
+        self.check_sampling(temperature, top_k, top_p, guidance_scale)
         # diffusers takes arguments given by position for defaults, which `from_config` would then drop
         self.register_to_config(_use_default_values=[])
         self.set_timesteps()
@@ -264,8 +264,10 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
             inputs["input_ids"] = table[:, carried]
         return inputs
 
-    def check_sampling(self, temperature: float, top_k: int, top_p: float) -> None:
-        """Raises a `ValueError` where `step` would refuse these values."""
+    def check_sampling(self, temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0) -> None:
+        """Raises a `ValueError` where one of these values cannot be used."""
+        if not _is_number(guidance_scale) or not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be a finite number of at least 0, got {guidance_scale!r}.")
         if not _is_number(temperature) or not 0 <= temperature < math.inf:
             raise ValueError(f"`temperature` must be a finite number of at least 0, got {temperature!r}.")
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:

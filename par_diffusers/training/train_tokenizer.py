@@ -1,6 +1,6 @@
 """Trains an image tokenizer: a stock `diffusers.VQModel` with an l2-normalised codebook.
 
-    accelerate launch -m par_diffusers.training.train_tokenizer --data glyphs --output tokenizer
+    python -m par_diffusers.training.train_tokenizer --data glyphs --output tokenizer
 
 The first fifth of the steps trains a plain autoencoder on normalised latents; the codebook then starts from latents of
 the data, which leaves few dead codes, and codes nothing has used for a while are moved onto latents of the batch at hand.
@@ -50,16 +50,16 @@ def train_tokenizer(
 ) -> VQModel:
     """Trains `vqvae` on `images`, uint8 (N, 3, H, W), and returns it with a unit-norm codebook.
 
-    `batch_size` is per process. Losses: L1 on pixels in [-1, 1], codebook and commitment (times `commitment`) squared
+    Runs in one process. Losses: L1 on pixels in [-1, 1], codebook and commitment (times `commitment`) squared
     distances between normalised latents and codes.
     """
     set_seed(seed)
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"The tokenizer trains in one process, got {accelerator.num_processes}.")
     warmup_steps = min(200, steps // 10)
     optimizer = torch.optim.AdamW(vqvae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, warmup_steps * accelerator.num_processes, steps * accelerator.num_processes
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
     loader = DataLoader(TensorDataset(images), batch_size=batch_size, shuffle=True, drop_last=True)
     model, optimizer, schedule, loader = accelerator.prepare(vqvae, optimizer, schedule, loader)
     vqvae = accelerator.unwrap_model(model)
@@ -83,7 +83,7 @@ def train_tokenizer(
             loss = reconstruction = F.l1_loss(decoded, pixels)
             if quantizes:
                 loss = loss + F.mse_loss(codes, latents.detach()) + commitment * F.mse_loss(latents, codes.detach())
-                uses += accelerator.reduce(torch.bincount(indices.flatten(), minlength=len(codebook)).float())
+                uses += torch.bincount(indices.flatten(), minlength=len(codebook))
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -102,7 +102,7 @@ def train_tokenizer(
             if step % log_every == 0:
                 psnr = -10 * F.mse_loss(decoded, pixels).div(4).log10().item()
                 usage = f" codes used {used}/{len(codebook)}" if step - first_quantized >= REVIVE_EVERY else ""
-                speed = step * batch_size * accelerator.num_processes / (time.perf_counter() - started)
+                speed = step * batch_size / (time.perf_counter() - started)
                 accelerator.print(
                     f"step {step}/{steps} L1 {reconstruction.item():.4f} PSNR {psnr:.1f} dB{usage} {speed:.0f} images/s",
                     flush=True,
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder made by par_diffusers.training.glyphs")
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained VQModel")
     parser.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=32, help="per process (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--codebook-size", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--codebook-dim", type=int, default=8, help="default: %(default)s")

@@ -371,6 +371,8 @@ def test_files_of_the_wrong_kind_are_named(reference, tmp_path):
         ({"num_attention_heads": None}, "num-attention-heads.*must be given.*3 layers and width 64"),
         ({"image_size": 30}, "image-size.*multiple of 4.*got 30"),
         ({"image_size": 0}, "image-size"),
+        ({"guidance_scale": float("nan")}, "^`guidance_scale` must be a finite number"),
+        ({"guidance_scale": -1.0}, "^`guidance_scale`.*got -1.0"),
         ({"image_size": 36}, r"image-size.*36.*num_parallel_tokens.*9x9"),
         ({"dtype": "float64"}, "dtype.*float32, float16 or bfloat16.*'float64'"),
     ],

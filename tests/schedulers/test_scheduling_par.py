@@ -253,6 +253,7 @@ def test_set_timesteps_takes_another_grid_and_keeps_the_config():
         ({"num_parallel_tokens": 0}, "num_parallel_tokens"),
         ({"num_parallel_tokens": True}, "num_parallel_tokens"),
         ({"prefix_length": 0}, "prefix_length"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
