@@ -318,22 +318,27 @@ def convert_vq(file: str | Path, sample_size: int) -> VQModel:
     return vqvae.eval()
 
 
-def read_labels(file: str | Path, num_classes: int) -> dict[str, str]:
-    """`id2label` from a JSON object (id to name), a JSON list, or a text file with one name a line."""
+def read_labels(file: str | Path, num_classes: int | None = None, argument: str = "labels") -> dict[str, str]:
+    """
+    `id2label` from a JSON object (id to name), a JSON list, or a text file with one name a line.
+
+    There must be `num_classes` names, where that is given; errors call the file `argument`.
+    """
     file = Path(file)
     try:
         text = file.read_text(encoding="utf-8")
         names = json.loads(text) if file.suffix == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"`labels`: `{file}` cannot be read: {error}") from None
+        raise ValueError(f"`{argument}`: `{file}` cannot be read: {error}") from None
     names = dict(enumerate(names)) if isinstance(names, list) else names
+    num_classes = len(names) if num_classes is None else num_classes
     if not isinstance(names, dict) or {str(key) for key in names} != {str(i) for i in range(num_classes)}:
         raise ValueError(
-            f"`labels`: `{file}` must name the classes 0 to {num_classes - 1}, one line or JSON entry each, got {len(names)}."
+            f"`{argument}`: `{file}` must name the classes 0 to {num_classes - 1}, one line or JSON entry each, got {len(names)}."
         )
     names = {str(key): value for key, value in names.items()}
     if not all(isinstance(name, str) and name.strip() for name in names.values()):
-        raise ValueError(f"`labels`: `{file}` must hold names that are text and not empty.")
+        raise ValueError(f"`{argument}`: `{file}` must hold names that are text and not empty.")
     return {str(i): names[str(i)].strip() for i in range(num_classes)}
 
 

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from par_diffusers._version import __version__
+from par_diffusers.training.settings import (
+    ExtractionSettings,
+    TokenizerSettings,
+    TrainingSettings,
+    add_options,
+    read_settings,
+)
 
 
 DEFAULT_MODEL = "par-glyphs-4x"
@@ -204,6 +211,97 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
         print(f"drawn: {args.output}")
 
 
+def _add_extract_codes(commands) -> None:
+    parser = commands.add_parser(
+        "extract-codes",
+        help="an image folder to the codes that training reads",
+        description="Encodes an image folder with the tokenizer of a pipeline, into shards. Called again, it goes on where "
+        "it was interrupted.",
+        epilog="""examples:
+  accelerate launch -m par_diffusers extract-codes --data imagenet/train --vqvae par-xl-4x --output codes
+  accelerate launch -m par_diffusers extract-codes --data imagenet/train --vqvae par-xl-4x --output codes-ten-crop \\
+      --augmentation ten-crop --dataloader-num-workers 8
+  par-diffusers extract-codes --data pictures --vqvae par-glyphs-4x --image-size 48 --augmentation none --output codes""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, ExtractionSettings)
+    parser.set_defaults(run=_extract_codes)
+
+
+def _extract_codes(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = read_settings(ExtractionSettings, args)
+    from par_diffusers.training.extract_codes import extract_codes
+
+    settings.vqvae = str(_model_source(settings.vqvae))
+    extract_codes(settings)
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="a PAR model on codes",
+        description="Trains a backbone on codes and leaves a pipeline folder. The defaults are the paper's for ImageNet.",
+        epilog="""examples:
+  accelerate launch -m par_diffusers train --data codes --vqvae par-xl-4x --output par-l-4x
+  accelerate launch -m par_diffusers train --data codes --model llamagen-b --num-parallel-tokens 4 --output par-b-4x
+  accelerate launch -m par_diffusers train --config par-b-4x.yaml --output par-b-4x
+  accelerate launch -m par_diffusers train --output par-b-4x --resume""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, TrainingSettings)
+    _add_resume(parser)
+    parser.set_defaults(run=_train)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="continue the run in --output from its latest checkpoint, or from the one named; its settings hold",
+    )
+
+
+def _settings_of_run(settings_type: type, args: argparse.Namespace):
+    from par_diffusers.training.run import SETTINGS
+
+    echo = Path(args.output) / SETTINGS if args.resume and "output" in args else None
+    return read_settings(settings_type, args, echo if echo and echo.is_file() else None)
+
+
+def _train(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = _settings_of_run(TrainingSettings, args)
+    from par_diffusers.training.train import train
+
+    for name in ("vqvae", "model"):
+        if getattr(settings, name) is not None:
+            setattr(settings, name, str(_model_source(getattr(settings, name))))
+    train(settings, args.resume)
+
+
+def _add_train_tokenizer(commands) -> None:
+    parser = commands.add_parser(
+        "train-tokenizer",
+        help="an image tokenizer",
+        description="Trains a diffusers VQModel with an l2-normalised codebook on an image folder.",
+        epilog="""examples:
+  accelerate launch -m par_diffusers train-tokenizer --data imagenet/train --validation-data imagenet/val --output vq
+  accelerate launch -m par_diffusers train-tokenizer --output vq --resume""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, TokenizerSettings)
+    _add_resume(parser)
+    parser.set_defaults(run=_train_tokenizer)
+
+
+def _train_tokenizer(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = _settings_of_run(TokenizerSettings, args)
+    from par_diffusers.training.train_tokenizer import train_tokenizer
+
+    train_tokenizer(settings, args.resume)
+
+
 @contextmanager
 def one_line_errors(prog: str):
     """What a user can mend (a bad value, a missing file) ends with one line and exit code 2."""
@@ -229,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"par_diffusers {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_convert, _add_plan):
+    for add in (_add_generate, _add_convert, _add_plan, _add_extract_codes, _add_train, _add_train_tokenizer):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors(f"par-diffusers {args.command}"):

@@ -69,7 +69,7 @@ def make_model():
     return build_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_vqvae():
     return build_vqvae
 

@@ -9,11 +9,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image
 from torch import nn
 
 from par_diffusers.cli import one_line_errors
 from par_diffusers.pipelines import PARPipeline
-from par_diffusers.training.data import load_split, to_pixels
+from par_diffusers.training.images import ImageFolder, to_pixels
+
+
+def load_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a folder of classes, uint8 (N, 3, H, W) at the size of the first, and class ids (N,)."""
+    images = ImageFolder(folder, image_size=1)
+    with Image.open(images.folder / images.files[0]) as first:
+        images.image_size = min(first.size)
+    pixels = torch.empty(len(images), 3, images.image_size, images.image_size, dtype=torch.uint8)
+    for index in range(len(images)):
+        pixels[index] = images[index, 0]
+    return pixels, torch.tensor(images.labels)
 
 
 def build_judge(num_classes: int) -> nn.Module:
@@ -62,10 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    train, held_out = (load_split(args.data, split)[0] for split in ("train", "validation"))
-    judge = train_judge(train["images"], train["labels"], seed=args.seed)
-    real = accuracy(judge, to_pixels(held_out["images"]), held_out["labels"])
-    print(f"real glyphs of held-out fonts: {real:.4f} of {len(held_out['labels'])}", flush=True)
+    judge = train_judge(*load_folder(args.data / "train"), seed=args.seed)
+    held_out, labels = load_folder(args.data / "validation")
+    real = accuracy(judge, to_pixels(held_out), labels)
+    print(f"real glyphs of held-out fonts: {real:.4f} of {len(labels)}", flush=True)
     for folder in args.model:
         pipe = PARPipeline.from_pretrained(folder, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)

@@ -321,12 +321,14 @@ class PARModel(PARPreTrainedModel):
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # where all sequences of a batch see alike, the mask is made for one of them and broadcast
+        alike = attention_mask is None and (block_sequence_ids is None or block_sequence_ids.ndim == 1)
         if block_sequence_ids is not None:
             block_sequence_ids = block_sequence_ids.to(hidden_states.device).expand(len(hidden_states), -1)
         # without `position_ids`: the mask functions would take grid coordinates for those of packed sequences
         attention_mask = create_causal_mask(
             config=self.config,
-            inputs_embeds=hidden_states,
+            inputs_embeds=hidden_states[:1] if alike else hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             block_sequence_ids=block_sequence_ids,

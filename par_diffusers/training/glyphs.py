@@ -8,7 +8,6 @@ never seen, not from the bold cut of one that was.
 """
 
 import argparse
-import json
 import random
 import string
 import subprocess
@@ -16,16 +15,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageFont
-from safetensors.torch import save_file
 
 from par_diffusers.cli import one_line_errors
 
 
 CLASSES = string.ascii_uppercase + string.digits
 _MASTER = 128  # pixels of the em square that glyphs are drawn at before they are scaled down
-_BOX = 32  # side of the box in which glyphs of different fonts are compared
+_BOX, _MARGIN = 32, 2  # side of the box in which glyphs of different fonts are compared, and its empty margin
 
 
 def find_font_files() -> list[Path]:
@@ -74,21 +71,24 @@ def keep_legible(
 ) -> dict[tuple[str, str], list[Image.Image]]:
     """Drops symbol, ornamental and hairline fonts.
 
-    Each glyph is stretched onto one square box. `likeness` is the mean, over classes, of the correlation between a
-    font's box and the average box of all fonts: letters that share nothing with everybody else's are symbols or
-    ornament. `ink` is the mean coverage of the box.
+    Each glyph is stretched onto one square box with a margin (an upright "I" fills its box: without the margin it would
+    have no shape). `likeness` is the mean, over classes, of the correlation between a font's box and the average box of
+    all fonts: letters that share nothing with everybody else's are symbols or ornament. No class may have less than
+    half of it. `ink` is the mean coverage of the box inside the margin.
     """
     names = sorted(glyphs)
+    inner = _BOX - 2 * _MARGIN
     boxes = np.stack(
-        [[np.asarray(glyph.resize((_BOX, _BOX), Image.BOX), np.float32) / 255 for glyph in glyphs[n]] for n in names]
-    ).reshape(len(names), -1, _BOX * _BOX)
-    ink = boxes.mean((1, 2))
+        [[np.asarray(glyph.resize((inner, inner), Image.BOX), np.float32) / 255 for glyph in glyphs[n]] for n in names]
+    )
+    ink = boxes.mean((1, 2, 3))
+    boxes = np.pad(boxes, ((0, 0), (0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))).reshape(len(names), -1, _BOX**2)
     centred = boxes - boxes.mean(2, keepdims=True)
     centred /= np.linalg.norm(centred, axis=2, keepdims=True) + 1e-6
     average = centred.mean(0)
     average /= np.linalg.norm(average, axis=1, keepdims=True)
     likeness = (centred * average).sum(2)
-    keep = (likeness.mean(1) >= min_likeness) & (likeness.min(1) >= min_likeness / 3) & (ink >= min_ink)
+    keep = (likeness.mean(1) >= min_likeness) & (likeness.min(1) >= min_likeness / 2) & (ink >= min_ink)
     return {name: glyphs[name] for name, kept in zip(names, keep, strict=True) if kept}
 
 
@@ -120,16 +120,16 @@ def render_glyph(glyph: Image.Image, image_size: int, rng: random.Random) -> np.
 
 
 def render_split(
-    fonts: dict[tuple[str, str], list[Image.Image]], variants: int, image_size: int, rng: random.Random
-) -> dict[str, torch.Tensor]:
-    """Every glyph of every font `variants` times: `images` uint8 (N, 3, H, W) and `labels` uint8 (N,), shuffled."""
-    jobs = [(font, label) for font in sorted(fonts) for label in range(len(fonts[font])) for _ in range(variants)]
-    rng.shuffle(jobs)
-    images = np.stack([render_glyph(fonts[font][label], image_size, rng) for font, label in jobs])
-    return {
-        "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        "labels": torch.tensor([label for _, label in jobs], dtype=torch.uint8),
-    }
+    fonts: dict[tuple[str, str], list[Image.Image]], variants: int, image_size: int, rng: random.Random, folder: Path
+) -> int:
+    """Every glyph of every font `variants` times, as `folder/class/number.png`; returns how many."""
+    jobs = [(label, font) for label in range(len(CLASSES)) for font in sorted(fonts) for _ in range(variants)]
+    for label in CLASSES:
+        (folder / label).mkdir(parents=True)
+    for number, (label, font) in enumerate(jobs):
+        picture = render_glyph(fonts[font][label], image_size, rng)
+        Image.fromarray(picture).save(folder / CLASSES[label] / f"{number:06}.png")
+    return len(jobs)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,16 +137,18 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m par_diffusers.training.glyphs", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for train.safetensors, validation.safetensors"
+        "--output", type=Path, required=True, help="folder to make, with train/ and validation/"
     )
     parser.add_argument("--image-size", type=int, default=48, help="pixels of a side (default: %(default)s)")
     parser.add_argument(
         "--variants", type=int, default=5, help="pictures of each glyph of each font (default: %(default)s)"
     )
-    parser.add_argument("--min-likeness", type=float, default=0.6, help="see keep_legible (default: %(default)s)")
+    parser.add_argument("--min-likeness", type=float, default=0.7, help="see keep_legible (default: %(default)s)")
     parser.add_argument("--min-ink", type=float, default=0.3, help="see keep_legible (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if args.output.exists() and any(args.output.iterdir()):
+        raise ValueError(f"--output must be a new or empty folder, {args.output} has files.")
 
     everything = load_glyphs(find_font_files())
     fonts = keep_legible(everything, args.min_likeness, args.min_ink) if everything else {}
@@ -165,11 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
     for family in order:
         held_out = len(splits["validation"]) < len(fonts) / 10
         splits["validation" if held_out else "train"].update(families[family])
-    args.output.mkdir(parents=True, exist_ok=True)
     for split, chosen in splits.items():
-        tensors = render_split(chosen, args.variants, args.image_size, rng)
-        save_file(tensors, args.output / f"{split}.safetensors", {"classes": json.dumps(list(CLASSES))})
-        print(f"{split}: {len(tensors['images'])} pictures from {len(chosen)} of {len(everything)} fonts")
+        count = render_split(chosen, args.variants, args.image_size, rng, args.output / split)
+        print(f"{split}: {count} pictures from {len(chosen)} of {len(everything)} fonts", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,5 @@
-"""Trains an image tokenizer: a stock `diffusers.VQModel` with an l2-normalised codebook.
+"""Trains an image tokenizer: a stock `diffusers.VQModel` with an l2-normalised codebook."""
 
-    python -m par_diffusers.training.train_tokenizer --data glyphs --output tokenizer
-
-The first fifth of the steps trains a plain autoencoder on normalised latents; the codebook then starts from latents of
-the data, which leaves few dead codes, and codes nothing has used for a while are moved onto latents of the batch at hand.
-"""
-
-import argparse
 import math
 import time
 from pathlib import Path
@@ -14,16 +7,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType
 from diffusers import VQModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader
 
-from par_diffusers.cli import one_line_errors
-from par_diffusers.training.data import load_split, to_pixels
-
-
-REVIVE_EVERY = 100  # steps without a single use that make a code dead
+from par_diffusers.sampling.generate import lay_out
+from par_diffusers.training.batches import BatchSchedule, seed_step
+from par_diffusers.training.codes import grid_size
+from par_diffusers.training.images import ImageFolder, to_pixels
+from par_diffusers.training.run import (
+    TrainingRun,
+    gather_state,
+    lock_folder,
+    make_accelerator,
+    optimizer_and_schedule,
+    restore_state,
+)
+from par_diffusers.training.settings import TokenizerSettings
 
 
 def quantize(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
@@ -36,139 +37,263 @@ def quantize(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     return codebook[indices].permute(0, 3, 1, 2), indices
 
 
-def train_tokenizer(
-    vqvae: VQModel,
-    images: torch.Tensor,
-    *,
-    steps: int,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    autoencoder_fraction: float = 0.2,
-    commitment: float = 0.25,
-    log_every: int = 200,
-    seed: int = 0,
-) -> VQModel:
-    """Trains `vqvae` on `images`, uint8 (N, 3, H, W), and returns it with a unit-norm codebook.
-
-    Runs in one process. Losses: L1 on pixels in [-1, 1], codebook and commitment (times `commitment`) squared
-    distances between normalised latents and codes.
+class TokenizerObjective(nn.Module):
     """
-    set_seed(seed)
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(f"The tokenizer trains in one process, got {accelerator.num_processes}.")
-    warmup_steps = min(200, steps // 10)
-    optimizer = torch.optim.AdamW(vqvae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
-    loader = DataLoader(TensorDataset(images), batch_size=batch_size, shuffle=True, drop_last=True)
-    model, optimizer, schedule, loader = accelerator.prepare(vqvae, optimizer, schedule, loader)
-    vqvae = accelerator.unwrap_model(model)
-    codebook = vqvae.quantize.embedding.weight
-    uses = torch.zeros(len(codebook), device=accelerator.device)
+    The losses of a tokenizer: L1 on pixels in [-1, 1], and squared distances between normalised latents and codes, to
+    move the codes (weight 1) and the latents (weight `commitment`). With `quantizes` False the decoder gets the latents
+    themselves.
+    """
 
-    step, started = 0, time.perf_counter()
-    first_quantized = math.ceil(steps * autoencoder_fraction)
-    while step < steps:
-        for (batch,) in loader:
-            pixels = to_pixels(batch)
-            latents = F.normalize(vqvae.quant_conv(vqvae.encoder(pixels)), dim=1)
-            candidates = latents.detach().permute(0, 2, 3, 1).reshape(-1, codebook.shape[1])
-            if step == first_quantized:
-                chosen = torch.randperm(len(candidates), device=candidates.device)[: len(codebook)]
-                codebook.data.copy_(candidates[chosen])
-            codes, indices = quantize(latents, codebook)
-            quantizes = step >= first_quantized
-            decoded = latents + (codes - latents).detach() if quantizes else latents
-            decoded = vqvae.decoder(vqvae.post_quant_conv(decoded))
-            loss = reconstruction = F.l1_loss(decoded, pixels)
-            if quantizes:
-                loss = loss + F.mse_loss(codes, latents.detach()) + commitment * F.mse_loss(latents, codes.detach())
-                uses += torch.bincount(indices.flatten(), minlength=len(codebook))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            step += 1
+    def __init__(self, vqvae: VQModel, commitment: float):
+        super().__init__()
+        self.vqvae, self.commitment = vqvae, commitment
 
-            if quantizes and (step - first_quantized) % REVIVE_EVERY == 0:
-                dead = (uses == 0).nonzero().flatten()
-                # no revival in the last fifth: a code moved late would never be trained
-                if len(dead) and step < 0.8 * steps:
-                    chosen = torch.randint(len(candidates), (len(dead),), device=candidates.device)
-                    codebook.data[dead] = candidates[chosen]
-                used = len(codebook) - len(dead)
-                uses.zero_()
-            if step % log_every == 0:
-                psnr = -10 * F.mse_loss(decoded, pixels).div(4).log10().item()
-                usage = f" codes used {used}/{len(codebook)}" if step - first_quantized >= REVIVE_EVERY else ""
-                speed = step * batch_size / (time.perf_counter() - started)
-                accelerator.print(
-                    f"step {step}/{steps} L1 {reconstruction.item():.4f} PSNR {psnr:.1f} dB{usage} {speed:.0f} images/s",
-                    flush=True,
-                )
-            if step == steps:
-                break
-    codebook.data.copy_(F.normalize(codebook.data, dim=-1))
-    return vqvae.eval()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, d, h, w) in float32."""
+        return F.normalize(self.vqvae.quant_conv(self.vqvae.encoder(pixels)).float(), dim=1)
+
+    def forward(self, pixels: torch.Tensor, quantizes: bool) -> dict[str, torch.Tensor]:
+        latents = self.encode(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            codes, indices = quantize(latents, self.vqvae.quantize.embedding.weight)
+            distances = F.mse_loss(codes, latents.detach()) + self.commitment * F.mse_loss(latents, codes.detach())
+        straight_through = latents + (codes - latents).detach() if quantizes else latents
+        decoded = self.vqvae.decoder(self.vqvae.post_quant_conv(straight_through)).float()
+        reconstruction = F.l1_loss(decoded, pixels)
+        # the codes are part of the graph in every step, as processes that share gradients need
+        return {
+            "loss": reconstruction + float(quantizes) * distances,
+            "l1": reconstruction.detach(),
+            "squared_error": F.mse_loss(decoded.detach(), pixels),
+            "latents": latents.detach(),
+            "indices": indices,
+        }
 
 
-@torch.no_grad()
-def reconstruction_report(vqvae: VQModel, images: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
-    """Mean L1 on [-1, 1], PSNR in dB and share of codes used, of `images` uint8 (N, 3, H, W) through the tokenizer."""
-    l1 = mse = 0.0
-    used = set()
-    for batch in images.split(batch_size):
-        pixels = to_pixels(batch)
-        quantized, _, (_, _, indices) = vqvae.quantize(vqvae.encode(pixels).latents)
-        decoded = vqvae.decoder(vqvae.post_quant_conv(quantized))
-        l1 += F.l1_loss(decoded, pixels).item() * len(batch)
-        mse += F.mse_loss(decoded, pixels).item() * len(batch)
-        used.update(indices.flatten().tolist())
-    psnr = -10 * math.log10(mse / len(images) / 4)
-    return {"l1": l1 / len(images), "psnr": psnr, "codebook_usage": len(used) / vqvae.config.num_vq_embeddings}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m par_diffusers.training.train_tokenizer", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder made by par_diffusers.training.glyphs")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the trained VQModel")
-    parser.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
-    parser.add_argument("--codebook-size", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--codebook-dim", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--block-out-channels", type=int, nargs="+", default=[24, 48, 96], help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-
-    images = load_split(args.data, "train")[0]["images"]
-    levels = len(args.block_out_channels)
-    torch.manual_seed(args.seed)
-    vqvae = VQModel(
+def build_vqvae(settings: TokenizerSettings) -> VQModel:
+    levels = len(settings.block_out_channels)
+    torch.manual_seed(settings.seed)
+    return VQModel(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(args.block_out_channels),
-        layers_per_block=1,
-        latent_channels=args.block_out_channels[-1],
-        sample_size=images.shape[-1],
-        num_vq_embeddings=args.codebook_size,
-        norm_num_groups=8,
-        vq_embed_dim=args.codebook_dim,
+        block_out_channels=settings.block_out_channels,
+        layers_per_block=settings.layers_per_block,
+        latent_channels=settings.block_out_channels[-1],
+        sample_size=settings.image_size,
+        num_vq_embeddings=settings.codebook_size,
+        norm_num_groups=settings.norm_num_groups,
+        vq_embed_dim=settings.codebook_dim,
         scaling_factor=1.0,
         lookup_from_codebook=True,
     ).to(memory_format=torch.channels_last)
-    print(f"{sum(p.numel() for p in vqvae.parameters()) / 1e6:.2f} M parameters, {len(images)} images", flush=True)
-    vqvae = train_tokenizer(
-        vqvae, images, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed
+
+
+@torch.no_grad()
+def reconstruction_report(
+    objective: TokenizerObjective, images: ImageFolder, num_samples: int, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean L1 on [-1, 1], PSNR in dB and share of codes used, of `num_samples` images spread evenly over `images`."""
+    num_samples = min(num_samples, len(images))
+    device = accelerator.device
+    codes = objective.vqvae.config.num_vq_embeddings
+    sums, uses = torch.zeros(2, dtype=torch.float64, device=device), torch.zeros(codes, device=device)
+    objective.eval()
+    for part in torch.arange(accelerator.process_index, num_samples, accelerator.num_processes).split(batch_size):
+        pixels = torch.stack([images[int(place) * len(images) // num_samples, 0] for place in part])
+        result = objective(to_pixels(pixels.to(device)), quantizes=True)
+        sums += len(part) * torch.stack([result["l1"], result["squared_error"]]).double()
+        uses += torch.bincount(result["indices"].flatten(), minlength=codes)
+    objective.train()
+    l1, squared_error = (accelerator.reduce(sums, "sum") / num_samples).tolist()
+    usage = (accelerator.reduce(uses, "sum") > 0).float().mean().item()
+    return {"validation_l1": l1, "validation_psnr": _psnr(squared_error), "validation_codebook_usage": usage}
+
+
+def _psnr(squared_error: float) -> float:
+    """dB, for pixels in [-1, 1]."""
+    return -10 * math.log10(max(squared_error, 1e-12) / 4)
+
+
+def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> Path:
+    """
+    Trains a tokenizer and returns the folder `settings.output`, then that of a `VQModel` with a unit-norm codebook.
+
+    The first `autoencoder_steps` train a plain autoencoder on normalised latents; the codebook then starts from latents of
+    the data, which leaves few dead codes. Codes that nothing used for `revival_steps` move to latents of the batch at
+    hand, but in the last fifth of the training: a code moved late would never be trained. Checkpoints and `resume` as in
+    [`~par_diffusers.training.train.train`].
+
+    Example:
+
+    ```py
+    >>> from par_diffusers.training.settings import TokenizerSettings
+    >>> from par_diffusers.training.train_tokenizer import train_tokenizer
+
+    >>> train_tokenizer(TokenizerSettings("imagenet/train", "vq", codebook_size=16384))  # doctest: +SKIP
+    ```
+    """
+    accelerator = make_accelerator(settings)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("train-tokenizer shares batches, not weights: launch it without FSDP.")
+    view = (settings.image_size, settings.augmentation, settings.crop_range)
+    images = ImageFolder(settings.data, *view)
+    held_out = None if settings.validation_data is None else ImageFolder(settings.validation_data, settings.image_size)
+    vqvae = build_vqvae(settings)
+    grid_size(vqvae, settings.image_size)
+    batches = BatchSchedule(
+        len(images),
+        images.num_views,
+        settings.global_batch_size,
+        settings.seed,
+        range(settings.max_train_steps),
+        settings.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
-    vqvae.save_pretrained(args.output)
-    held_out = load_split(args.data, "validation")[0]["images"]
-    print("validation", {name: round(value, 4) for name, value in reconstruction_report(vqvae, held_out).items()})
+    with lock_folder(Path(settings.output), accelerator):
+        run = TrainingRun(accelerator, settings, resume, images.fingerprint)
+        batches.steps = range(run.step, settings.max_train_steps)
+        _train(run, vqvae, images, held_out, batches)
+    return run.folder
 
 
-if __name__ == "__main__":
-    with one_line_errors("python -m par_diffusers.training.train_tokenizer"):
-        main()
+def _train(run, vqvae, images, held_out, batches) -> None:
+    settings, accelerator = run.settings, run.accelerator
+    device, total_steps = accelerator.device, settings.max_train_steps
+    objective = TokenizerObjective(vqvae, settings.commitment)
+    optimizer, schedule = optimizer_and_schedule(objective, settings, total_steps, settings.lr_warmup_steps)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    codebook = objective.vqvae.quantize.embedding.weight
+    uses = torch.zeros(len(codebook), dtype=torch.long, device=device)
+    usage = None
+    if run.checkpoint is not None:
+        tensors, state = run.load_checkpoint()
+        if accelerator.is_main_process:
+            uses.copy_(tensors.pop("codebook")["uses"])
+        restore_state(tensors, model, optimizer.optimizer, None)
+        usage = state["usage"]
+        schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    accelerator.print(
+        f"{sum(p.numel() for p in vqvae.parameters()) / 1e6:.2f} M parameters, {len(images)} images, {total_steps} steps of "
+        f"{settings.global_batch_size} on {accelerator.num_processes} x {device.type}",
+        flush=True,
+    )
+
+    def draw_latents(latents: torch.Tensor, count: int, step: int) -> torch.Tensor:
+        """`count` of the latents that all processes have at hand, the same ones on each."""
+        candidates = accelerator.gather(latents.contiguous()).permute(0, 2, 3, 1).flatten(0, 2)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        chosen = torch.randperm(len(candidates), generator=generator).repeat(-(-count // len(candidates)))[:count]
+        return candidates[chosen.to(device)]
+
+    def export(folder: Path) -> None:
+        """The tokenizer as users load it, with codes of unit norm."""
+        trained = VQModel.from_config(vqvae.config)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vqvae.state_dict().items()}
+        weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
+        trained.load_state_dict(weights)
+        trained.save_pretrained(folder)
+
+    loader = iter(
+        DataLoader(
+            images,
+            batch_sampler=batches,
+            num_workers=settings.dataloader_num_workers,
+            collate_fn=torch.stack,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    # loss, L1 and squared error since the last line of the log
+    window, seconds, logged = torch.zeros(3, device=device), 0.0, run.step
+    model.train()
+    for step in range(run.step + 1, total_steps + 1):
+        started = time.perf_counter()
+        quantizes = step > settings.autoencoder_steps
+        for part in range(settings.gradient_accumulation_steps):
+            pixels = to_pixels(next(loader).to(device)).contiguous(memory_format=torch.channels_last)
+            seed_step(settings.seed, step, part, accelerator.process_index)
+            if step == settings.autoencoder_steps + 1 and part == 0:
+                with torch.no_grad(), accelerator.autocast():
+                    codebook.copy_(draw_latents(objective.encode(pixels), len(codebook), step))
+            with accelerator.accumulate(model):
+                result = model(pixels, quantizes)
+                accelerator.backward(result["loss"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if quantizes:
+                uses += torch.bincount(result["indices"].flatten(), minlength=len(codebook))
+            losses = torch.stack([result["loss"].detach(), result["l1"], result["squared_error"]])
+            window += losses / settings.gradient_accumulation_steps
+        rate = schedule.get_last_lr()[0]
+        schedule.step()
+        if quantizes and (step - settings.autoencoder_steps) % settings.revival_steps == 0:
+            dead = (accelerator.reduce(uses, "sum") == 0).nonzero().flatten()
+            usage = 1 - len(dead) / len(codebook)
+            if len(dead) and step < 0.8 * total_steps:
+                codebook.data[dead] = draw_latents(result["latents"], len(dead), step)
+            uses.zero_()
+        ends = step == total_steps
+        validates = step % settings.validation_steps == 0 or ends
+        saves = step % settings.checkpointing_steps == 0 or ends
+        logs = step % settings.logging_steps == 0 or validates or saves
+        if logs:
+            loss, l1, squared_error = (accelerator.reduce(window, "mean") / (step - logged)).tolist()
+        seconds += time.perf_counter() - started
+        if not logs:
+            continue
+
+        metrics = {"loss": loss, "l1": l1, "psnr": _psnr(squared_error), "learning_rate": rate}
+        metrics["images_per_second"] = round((step - logged) * settings.global_batch_size / seconds, 2)
+        line = f"step {step}/{total_steps} loss {loss:.4f} L1 {l1:.4f} PSNR {metrics['psnr']:.2f} dB"
+        if usage is not None:
+            metrics["codebook_usage"] = usage
+            line += f" codes used {usage:.1%}"
+        if validates and held_out is not None:
+            metrics |= reconstruction_report(
+                objective,
+                held_out,
+                settings.validation_samples,
+                max(settings.global_batch_size // accelerator.num_processes, 1),
+                accelerator,
+            )
+            line += (
+                f" validation L1 {metrics['validation_l1']:.4f} PSNR {metrics['validation_psnr']:.2f} dB "
+                f"codes used {metrics['validation_codebook_usage']:.1%}"
+            )
+        run.log(step, metrics)
+        accelerator.print(f"{line} lr {rate:.2e} {metrics['images_per_second']:.0f} images/s", flush=True)
+        if validates and held_out is not None and accelerator.is_main_process:
+            run.log_picture(step, "samples", _side_by_side(objective, held_out, device))
+        if saves:
+            total_uses = accelerator.reduce(uses, "sum")
+            tensors = gather_state(model, optimizer.optimizer, None) | {"codebook": {"uses": total_uses.cpu()}}
+            state = {"schedule": schedule.state_dict(), "usage": usage}
+            state["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            run.save_checkpoint(step, tensors, state, export)
+        if ends:
+            run.finish(export)
+        window, seconds, logged = torch.zeros(3, device=device), 0.0, step
+
+
+@torch.no_grad()
+def _side_by_side(objective: TokenizerObjective, images: ImageFolder, device: torch.device, count: int = 8):
+    """Images spread over the data, each beside its reconstruction."""
+    from PIL import Image
+
+    objective.eval()
+    pairs = []
+    for place in range(min(count, len(images))):
+        original = images[place * len(images) // min(count, len(images)), 0]
+        latents = objective.encode(to_pixels(original[None].to(device)))
+        codes, _ = quantize(latents, objective.vqvae.quantize.embedding.weight)
+        decoded = objective.vqvae.decoder(objective.vqvae.post_quant_conv(codes))[0]
+        decoded = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pairs += [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (original, decoded)]
+    objective.train()
+    return lay_out(pairs, 2, is_text=False)

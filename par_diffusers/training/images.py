@@ -1,0 +1,151 @@
+"""Image folders, and the views of an image that training sees (paper, section 5; the crops are ADM's and LlamaGen's)."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+
+NUM_VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}
+_SUFFIXES = set(Image.registered_extensions())
+# what Pillow raises for a file that is cut short, not an image, or broken inside
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central square of `image`, `size` pixels a side: halved by box filters while that is possible, then bicubic (ADM)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def make_views(image: Image.Image, image_size: int, augmentation: str, crop_range: float = 1.1) -> torch.Tensor:
+    """
+    Views of an RGB image, uint8 (views, 3, image_size, image_size).
+
+    - `"none"`: the centre crop.
+    - `"flip"`: the centre crop and its mirror image.
+    - `"ten-crop"`: of a centre crop of `image_size * crop_range` pixels the four corners (upper left, upper right, lower
+      left, lower right) and the centre, then the same of its mirror image.
+    """
+    size = int(image_size * crop_range) if augmentation == "ten-crop" else image_size
+    pixels = torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)
+    if augmentation == "none":
+        return pixels[None]
+    both = torch.stack([pixels, pixels.flip(-1)])
+    if augmentation == "flip":
+        return both
+    end, middle = size - image_size, round((size - image_size) / 2)
+    corners = ((0, 0), (0, end), (end, 0), (end, end), (middle, middle))
+    crops = [both[..., top : top + image_size, left : left + image_size] for top, left in corners]
+    return torch.stack(crops, dim=1).flatten(0, 1)
+
+
+class ImageFolder(Dataset):
+    """
+    Images with classes, sorted by name: `folder/class name/.../image`, or flat with `metadata.csv` (or `metadata.jsonl`)
+    that has the columns `file_name` and `label`. Image i is `load(i)`, uint8 (views, 3, image_size, image_size).
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        image_size (`int`): Pixels of a side.
+        augmentation (`str`), crop_range (`float`): See `make_views`.
+        classes (`list[str]`, *optional*): Class names in the order of their ids. Defaults to those found, sorted.
+
+    Attributes: `files` (`list[str]`, relative to the folder), `labels` (`list[int]`), `classes` (`list[str]`).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        image_size: int,
+        augmentation: str = "none",
+        crop_range: float = 1.1,
+        classes: list[str] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.image_size, self.augmentation, self.crop_range = image_size, augmentation, crop_range
+        if not self.folder.is_dir():
+            raise ValueError(f"`data` must be an image folder, got {folder}.")
+        named = _read_metadata(self.folder)
+        if named is None:
+            named = [
+                (file.relative_to(self.folder).as_posix(), file.relative_to(self.folder).parts[0])
+                for file in self.folder.rglob("*")
+                if file.suffix.lower() in _SUFFIXES and file.parent != self.folder
+            ]
+        if not named:
+            raise ValueError(
+                f"`data` must hold images, in a folder for each class or listed in metadata.csv with file_name and label; "
+                f"found none in {folder}."
+            )
+        named.sort()
+        found = sorted({name for _, name in named})
+        unknown = [name for name in found if classes is not None and name not in classes]
+        if unknown:
+            raise ValueError(
+                f"`data` must hold the classes asked for, {folder} has {len(unknown)} others: {', '.join(unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''}."
+            )
+        self.classes = found if classes is None else list(classes)
+        ids = {name: i for i, name in enumerate(self.classes)}
+        self.files = [file for file, _ in named]
+        self.labels = [ids[name] for _, name in named]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def num_views(self) -> int:
+        return NUM_VIEWS[self.augmentation]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the names of the images and of what is made of them."""
+        view = (self.image_size, self.augmentation, self.crop_range)
+        return hashlib.sha256("\n".join([repr(view), *self.classes, *self.files]).encode()).hexdigest()[:16]
+
+    def load(self, index: int) -> torch.Tensor:
+        """All views of an image; raises one of `UNREADABLE` where the file is broken."""
+        with Image.open(self.folder / self.files[index]) as image:
+            return make_views(image.convert("RGB"), self.image_size, self.augmentation, self.crop_range)
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        index, view = key
+        try:
+            return self.load(index)[view]
+        except UNREADABLE as error:
+            raise ValueError(f"{self.folder / self.files[index]} cannot be read: {error}") from None
+
+
+def _read_metadata(folder: Path) -> list[tuple[str, str]] | None:
+    """(file name, label) of a flat folder, or None where it has no list of labels."""
+    if (folder / "metadata.csv").is_file():
+        with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        name = "metadata.csv"
+    elif (folder / "metadata.jsonl").is_file():
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        name = "metadata.jsonl"
+    else:
+        return None
+    if not all(row.get("file_name") and row.get("label") not in (None, "") for row in rows):
+        raise ValueError(f"{folder / name} must give `file_name` and `label` for every image.")
+    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
+    if missing:
+        raise ValueError(f"{folder / name} names {len(missing)} files that are not there: {missing[0]}, ...")
+    return [(row["file_name"], str(row["label"])) for row in rows]
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1

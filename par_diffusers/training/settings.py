@@ -1,0 +1,240 @@
+"""Settings of the training commands: each field is a command-line option and a line of a YAML file."""
+
+import argparse
+import dataclasses
+import os
+import types
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+
+def option(default: Any, help: str, choices: tuple | None = None, least: float | None = None, above: float | None = None):
+    """A field with its help and what its values may be: one of `choices`, at least `least`, or above `above`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "above": above})
+
+
+@dataclass
+class _Settings:
+    """Values are checked, and converted from what YAML makes of them, when a settings object is made."""
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, _checked(item, _value_type(type(self), item.name), getattr(self, item.name)))
+
+
+@dataclass
+class _RunSettings(_Settings):
+    """What the trainers have in common."""
+
+    data: str = option(MISSING, "training data")
+    output: str = option(MISSING, "folder of the run and of what it trains")
+    validation_data: str | None = option(None, "data for validation, of the same kind")
+    validation_samples: int = option(4096, "samples of the validation data to use, spread over it", least=1)
+    validation_steps: int = option(1000, "steps between validations", least=1)
+    logging_steps: int = option(100, "steps between lines of the log", least=1)
+    checkpointing_steps: int = option(1000, "steps between checkpoints", least=1)
+    checkpoints_total_limit: int = option(2, "checkpoints to keep", least=1)
+    report_to: str | None = option(None, "tracker that gets the metrics too", ("tensorboard", "wandb"))
+    seed: int = option(0, "of the weights, the order of the data and the dropouts", least=0)
+    dataloader_num_workers: int = option(0, "processes that load data, for each training process", least=0)
+    global_batch_size: int = option(256, "samples of a step over all processes and accumulation steps", least=1)
+    gradient_accumulation_steps: int = option(1, "parts that a batch is run in, one after the other", least=1)
+    max_train_steps: int | None = option(None, "steps to train, instead of epochs", least=1)
+    lr_scheduler: str = option(
+        "cosine", "learning rate after the warm-up", ("cosine", "linear", "constant", "constant_with_warmup")
+    )
+    lr_warmup_steps: int | None = option(None, "steps of linear warm-up, instead of epochs", least=0)
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW", above=0)
+    adam_beta1: float = option(0.9, "first beta of AdamW", least=0)
+    adam_beta2: float = option(0.95, "second beta of AdamW", least=0)
+    weight_decay: float = option(0.05, "weight decay of matrices", least=0)
+    max_grad_norm: float = option(1.0, "norm that gradients are clipped to", above=0)
+    mixed_precision: str | None = option(
+        None, "dtype of the computations (default: bf16, without an accelerator no)", ("no", "fp16", "bf16")
+    )
+
+
+@dataclass
+class TrainingSettings(_RunSettings):
+    """
+    Settings of [`~par_diffusers.training.train.train`]. The defaults are the paper's (table 5) for PAR-L and PAR-XL on
+    ImageNet; `None` where a pipeline to start from decides, or nothing does.
+    """
+
+    data: str = option(MISSING, "folder of codes made by extract-codes, or in LlamaGen's layout (codes/, labels/)")
+    vqvae: str | None = option(None, "tokenizer of the codes: pipeline folder, VQModel folder or embedded model")
+    model: str | None = option(None, "pipeline folder whose backbone training starts from (default: from scratch)")
+    num_parallel_tokens: int | None = option(None, "tokens of a parallel step (default: 4)", least=1)
+    order: str | None = option(None, "token order (default: region)", ("region", "raster"))
+    region_grid: tuple[int, ...] | None = option(None, "rows and columns of regions (default: the most square)", least=1)
+    initial_tokens: str | None = option(None, "first tokens (default: sequential)", ("sequential", "parallel"))
+    group_attention: str | None = option(None, "attention inside a step (default: full)", ("full", "causal"))
+    guidance_scale: float | None = option(None, "default of the pipeline (default: 1)", least=0)
+    hidden_size: int | None = option(None, "width of the backbone (default: 1024)", least=1)
+    intermediate_size: int | None = option(None, "width of its feed-forward (default: 2816)", least=1)
+    num_hidden_layers: int | None = option(None, "its layers (default: 24)", least=1)
+    num_attention_heads: int | None = option(None, "its attention heads (default: 16)", least=1)
+    num_key_value_heads: int | None = option(None, "its key and value heads (default: the attention heads)", least=1)
+    token_dropout: float = option(0.1, "dropout of embedded tokens", least=0)
+    residual_dropout: float = option(0.1, "dropout of the output of attention and feed-forward", least=0)
+    attention_dropout: float = option(0.1, "dropout of attention weights", least=0)
+    condition_dropout: float = option(0.1, "share of conditions replaced by the null condition", least=0)
+    num_train_epochs: int = option(300, "passes through the data", least=1)
+    lr_warmup_epochs: int = option(15, "epochs of linear warm-up", least=0)
+    ema_decay: float | None = option(None, "decay of the average of the weights that is saved (default: none)", above=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    compile: bool = option(False, "compile the layers with torch.compile")
+    num_validation_images: int = option(16, "images of the sample grid at each validation, 0 for none", least=0)
+    peak_tflops: float | None = option(
+        None, "of a device, that MFU relates to (default: measured with a matrix product)", above=0
+    )
+
+
+@dataclass
+class TokenizerSettings(_RunSettings):
+    """Settings of [`~par_diffusers.training.train_tokenizer.train_tokenizer`]."""
+
+    data: str = option(MISSING, "image folder")
+    global_batch_size: int = option(128, "images of a step over all processes and accumulation steps", least=1)
+    max_train_steps: int = option(40000, "steps to train", least=1)
+    lr_warmup_steps: int = option(200, "steps of linear warm-up", least=0)
+    weight_decay: float = option(0.0, "weight decay of matrices", least=0)
+    image_size: int = option(256, "pixels of a side", least=1)
+    augmentation: str = option("flip", "views of an image to train on", ("none", "flip", "ten-crop"))
+    crop_range: float = option(1.1, "of ten-crop: side of the centre crop over the side of its ten crops", least=1)
+    codebook_size: int = option(16384, "codes", least=2)
+    codebook_dim: int = option(8, "width of a code", least=1)
+    block_out_channels: tuple[int, ...] = option(
+        (128, 128, 256, 256, 512), "channels of each level; each but the last halves the sides", least=1
+    )
+    layers_per_block: int = option(2, "residual blocks of a level", least=1)
+    norm_num_groups: int = option(32, "groups of the group norms", least=1)
+    commitment: float = option(0.25, "weight of the commitment loss", least=0)
+    autoencoder_steps: int = option(2000, "first steps, without quantization, after which the codes are drawn", least=0)
+    revival_steps: int = option(100, "steps without a use after which a code moves to a latent of the batch", least=1)
+
+
+@dataclass
+class ExtractionSettings(_Settings):
+    """Settings of [`~par_diffusers.training.extract_codes.extract_codes`]."""
+
+    data: str = option(MISSING, "image folder: a folder for each class, or flat with metadata.csv or metadata.jsonl")
+    output: str = option(MISSING, "folder of the shards")
+    vqvae: str = option(MISSING, "tokenizer: pipeline folder, VQModel folder or embedded model")
+    image_size: int = option(384, "pixels of a side", least=1)
+    augmentation: str = option("flip", "views of an image", ("none", "flip", "ten-crop"))
+    crop_range: float = option(1.1, "of ten-crop: side of the centre crop over the side of its ten crops", least=1)
+    classes: str | None = option(None, "class names in the order of their ids: JSON, or one a line (default: sorted)")
+    shard_size: int = option(4096, "images of a shard", least=1)
+    batch_size: int = option(32, "images at a time", least=1)
+    dataloader_num_workers: int = option(0, "processes that load images, for each process", least=0)
+
+
+def add_options(parser: argparse.ArgumentParser, settings_type: type) -> None:
+    """Adds --config and an option for each field."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options, which those given here override")
+    for item in dataclasses.fields(settings_type):
+        kind = _value_type(settings_type, item.name)
+        help = item.metadata["help"]
+        if item.default not in (None, MISSING) and kind is not bool:
+            default = " ".join(map(str, item.default)) if kind is tuple else item.default
+            help += f" (default: {default})"
+        options = {"default": argparse.SUPPRESS, "help": help, "choices": item.metadata["choices"]}
+        if kind is bool:
+            options = {"default": argparse.SUPPRESS, "help": help, "action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            options |= {"type": int, "nargs": "+", "metavar": "N"}
+        elif options["choices"] is None:
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "PATH"}[kind]}
+        parser.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+def read_settings(settings_type: type, args: argparse.Namespace, echo: str | None = None):
+    """
+    The settings of a command: options over the lines of --config over the defaults.
+
+    `echo` is the file that an earlier run left: it takes the place of what neither options nor --config say.
+    """
+    values = {}
+    for file in (echo, args.config):
+        if file is not None:
+            values |= _read_yaml(file, settings_type)
+    names = {item.name for item in dataclasses.fields(settings_type)}
+    values |= {name: value for name, value in vars(args).items() if name in names}
+    required = [item.name for item in dataclasses.fields(settings_type) if item.default is MISSING]
+    missing = ["--" + name.replace("_", "-") for name in required if name not in values]
+    if missing:
+        raise ValueError(f"these options are needed, here or in the file of --config: {', '.join(missing)}.")
+    return settings_type(**values)
+
+
+def save_settings(settings, file: Path) -> None:
+    """Writes the settings as YAML, under a temporary name first."""
+    import yaml
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _read_yaml(file: str, settings_type: type) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`config` must be a YAML file, {file} is not: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"`config` must be a YAML file of `name: value` lines, {file} is not.")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(values.keys() - {item.name for item in dataclasses.fields(settings_type)})
+    if unknown:
+        raise ValueError(f"`config`: {file} has unknown names: {', '.join(unknown)}.")
+    return values
+
+
+def _value_type(settings_type: type, name: str) -> type:
+    """int, float, str, bool or tuple (of int)."""
+    hint = get_type_hints(settings_type)[name]
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    return tuple if get_args(kinds[0]) else kinds[0]
+
+
+def _checked(item: dataclasses.Field, kind: type, value: Any) -> Any:
+    if value is None and item.default is None:
+        return None
+    limits = item.metadata
+    allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "whole numbers"}[kind]
+    if limits["choices"] is not None:
+        allowed = " or ".join(map(repr, limits["choices"]))
+    elif limits["least"] is not None:
+        allowed += f" of at least {limits['least']}"
+    elif limits["above"] is not None:
+        allowed += f" above {limits['above']}"
+    wrong = ValueError(f"`{item.name}` must be {allowed}, got {value!r}.")
+    try:
+        if kind is tuple:
+            value = tuple(value)
+            fits = bool(value) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        elif kind is float:
+            fits = not isinstance(value, bool)
+            value = float(value)  # YAML takes 1e-4 for text
+            fits = fits and abs(value) < float("inf")
+        else:
+            value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    except (TypeError, ValueError):
+        raise wrong from None
+    if fits and limits["choices"] is not None:
+        fits = value in limits["choices"]
+    if fits and kind in (int, float, tuple):
+        numbers = value if kind is tuple else (value,)
+        if limits["least"] is not None:
+            fits = min(numbers) >= limits["least"]
+        if limits["above"] is not None:
+            fits = min(numbers) > limits["above"]
+    if not fits:
+        raise wrong
+    return value
