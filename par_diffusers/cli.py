@@ -5,6 +5,7 @@ import os
 import secrets
 import shlex
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -310,6 +311,9 @@ def one_line_errors(prog: str):
     except BrokenPipeError:  # `par-diffusers plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            # what all processes of a launch find wrong is said by the first, and ends the others while they wait
+            time.sleep(5)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

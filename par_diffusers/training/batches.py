@@ -33,7 +33,9 @@ class BatchSchedule(Sampler[list[tuple[int, int]]]):
                 f"{num_processes}), got {global_batch_size}."
             )
         if global_batch_size > num_samples:
-            raise ValueError(f"`global_batch_size` must be at most the {num_samples} samples, got {global_batch_size}.")
+            raise ValueError(
+                f"`global_batch_size` must be at most the {num_samples} samples, got {global_batch_size}."
+            )
         self.num_samples, self.num_views, self.seed, self.steps = num_samples, num_views, seed, steps
         self.global_batch_size, self.accumulation_steps = global_batch_size, accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes

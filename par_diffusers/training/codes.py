@@ -90,7 +90,11 @@ class CodeDataset(Dataset):
     def _read_llamagen(self) -> None:
         folders = {}
         for kind in ("codes", "labels"):
-            found = [f for f in self.folder.glob(f"*{kind}") if f.is_dir() and (f.name == kind or f.name[: -len(kind)].endswith("_"))]
+            found = [
+                f
+                for f in self.folder.glob(f"*{kind}")
+                if f.is_dir() and (f.name == kind or f.name[: -len(kind)].endswith("_"))
+            ]
             if len(found) != 1:
                 raise ValueError(
                     f"`data` must be a folder of extract-codes (with {INDEX}) or in LlamaGen's layout (codes/N.npy and "

@@ -136,9 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m par_diffusers.training.glyphs", description=__doc__.split("\n")[0]
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to make, with train/ and validation/"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to make, with train/ and validation/")
     parser.add_argument("--image-size", type=int, default=48, help="pixels of a side (default: %(default)s)")
     parser.add_argument(
         "--variants", type=int, default=5, help="pictures of each glyph of each font (default: %(default)s)"

@@ -143,7 +143,9 @@ class TrainingRun:
             if item.name not in _FREE and getattr(earlier, item.name) != getattr(self.settings, item.name)
         ]
         if changed:
-            raise ValueError(f"`resume` must continue with the settings of the run, these differ: {', '.join(changed)}.")
+            raise ValueError(
+                f"`resume` must continue with the settings of the run, these differ: {', '.join(changed)}."
+            )
         for item in self.folder.glob(".*.partial"):
             shutil.rmtree(item) if item.is_dir() else item.unlink()
         checkpoints = self._checkpoints()
@@ -151,7 +153,9 @@ class TrainingRun:
             raise ValueError(f"`resume` must be a checkpoint in {self.folder}, one of {checkpoints}, got {resume!r}.")
         name = resume if resume != "latest" else checkpoints[-1] if checkpoints else None
         if name is not None:
-            theirs = json.loads((self.folder / name / STATE / "trainer_state.json").read_text(encoding="utf-8"))["data"]
+            theirs = json.loads((self.folder / name / STATE / "trainer_state.json").read_text(encoding="utf-8"))[
+                "data"
+            ]
             if theirs != self.data:
                 raise ValueError(f"`resume` must continue with the data of the run ({theirs}), `data` is {self.data}.")
         self._cut_metrics(int(name.rpartition("-")[2]) if name else 0)
@@ -203,7 +207,9 @@ class TrainingRun:
             else:
                 tracker.log_images({name: [image]}, step=step)
 
-    def save_checkpoint(self, step: int, tensors: dict[str, dict], state: dict, export: Callable[[Path], None]) -> None:
+    def save_checkpoint(
+        self, step: int, tensors: dict[str, dict], state: dict, export: Callable[[Path], None]
+    ) -> None:
         """
         Writes `checkpoint-{step}`: `export(folder)` writes what users load, `tensors` go to `training_state/{name}.safetensors`
         and `state` to `training_state/trainer_state.json`. Called by all processes.
@@ -284,7 +290,9 @@ def restore_state(
     set_optimizer_state_dict(model, optimizer, moments, options=options)
     if ema is None:
         return
-    for name, shadow in zip([n.removeprefix("module.") for n, _ in model.named_parameters()], ema.shadow_params, strict=True):
+    for name, shadow in zip(
+        [n.removeprefix("module.") for n, _ in model.named_parameters()], ema.shadow_params, strict=True
+    ):
         whole = tensors["ema"][name].to(shadow.device) if tensors else torch.empty(shadow.shape, device=shadow.device)
         if isinstance(shadow, DTensor):
             whole = distribute_tensor(whole, shadow.device_mesh, shadow.placements)  # of the main process

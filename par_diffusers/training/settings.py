@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 
-def option(default: Any, help: str, choices: tuple | None = None, least: float | None = None, above: float | None = None):
+def option(
+    default: Any, help: str, choices: tuple | None = None, least: float | None = None, above: float | None = None
+):
     """A field with its help and what its values may be: one of `choices`, at least `least`, or above `above`."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "above": above})
 
@@ -67,7 +69,9 @@ class TrainingSettings(_RunSettings):
     model: str | None = option(None, "pipeline folder whose backbone training starts from (default: from scratch)")
     num_parallel_tokens: int | None = option(None, "tokens of a parallel step (default: 4)", least=1)
     order: str | None = option(None, "token order (default: region)", ("region", "raster"))
-    region_grid: tuple[int, ...] | None = option(None, "rows and columns of regions (default: the most square)", least=1)
+    region_grid: tuple[int, ...] | None = option(
+        None, "rows and columns of regions (default: the most square)", least=1
+    )
     initial_tokens: str | None = option(None, "first tokens (default: sequential)", ("sequential", "parallel"))
     group_attention: str | None = option(None, "attention inside a step (default: full)", ("full", "causal"))
     guidance_scale: float | None = option(None, "default of the pipeline (default: 1)", least=0)
@@ -82,7 +86,9 @@ class TrainingSettings(_RunSettings):
     condition_dropout: float = option(0.1, "share of conditions replaced by the null condition", least=0)
     num_train_epochs: int = option(300, "passes through the data", least=1)
     lr_warmup_epochs: int = option(15, "epochs of linear warm-up", least=0)
-    ema_decay: float | None = option(None, "decay of the average of the weights that is saved (default: none)", above=0)
+    ema_decay: float | None = option(
+        None, "decay of the average of the weights that is saved (default: none)", above=0
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "compile the layers with torch.compile")
     num_validation_images: int = option(16, "images of the sample grid at each validation, 0 for none", least=0)
@@ -111,7 +117,9 @@ class TokenizerSettings(_RunSettings):
     layers_per_block: int = option(2, "residual blocks of a level", least=1)
     norm_num_groups: int = option(32, "groups of the group norms", least=1)
     commitment: float = option(0.25, "weight of the commitment loss", least=0)
-    autoencoder_steps: int = option(2000, "first steps, without quantization, after which the codes are drawn", least=0)
+    autoencoder_steps: int = option(
+        2000, "first steps, without quantization, after which the codes are drawn", least=0
+    )
     revival_steps: int = option(100, "steps without a use after which a code moves to a latent of the batch", least=1)
 
 
@@ -198,7 +206,9 @@ def _read_yaml(file: str, settings_type: type) -> dict[str, Any]:
 def _value_type(settings_type: type, name: str) -> type:
     """int, float, str, bool or tuple (of int)."""
     hint = get_type_hints(settings_type)[name]
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    kinds = (
+        [kind for kind in get_args(hint) if kind is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    )
     return tuple if get_args(kinds[0]) else kinds[0]
 
 
@@ -206,7 +216,9 @@ def _checked(item: dataclasses.Field, kind: type, value: Any) -> Any:
     if value is None and item.default is None:
         return None
     limits = item.metadata
-    allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "whole numbers"}[kind]
+    allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "whole numbers"}[
+        kind
+    ]
     if limits["choices"] is not None:
         allowed = " or ".join(map(repr, limits["choices"]))
     elif limits["least"] is not None:

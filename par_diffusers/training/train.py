@@ -38,7 +38,11 @@ _DROPOUTS = ("token_dropout", "residual_dropout", "attention_dropout", "conditio
 
 
 def token_losses(
-    model: torch.nn.Module, scheduler: PARScheduler, vocab_size: int, codes: torch.LongTensor, **condition: torch.Tensor
+    model: torch.nn.Module,
+    scheduler: PARScheduler,
+    vocab_size: int,
+    codes: torch.LongTensor,
+    **condition: torch.Tensor,
 ) -> torch.Tensor:
     """
     Cross-entropy in nats, float32 (B, N), of each token in generation order.
@@ -68,7 +72,9 @@ def validation_losses(
     model.eval()
     total = torch.zeros(len(scheduler.token_order), dtype=torch.float64, device=accelerator.device)
     for part in places.split(batch_size):
-        codes, class_labels = _collate([dataset[int(place) % num_samples * len(dataset) // num_samples, 0] for place in part])
+        codes, class_labels = _collate(
+            [dataset[int(place) % num_samples * len(dataset) // num_samples, 0] for place in part]
+        )
         losses = token_losses(
             model,
             scheduler,
@@ -158,9 +164,7 @@ def build_model(
         raise ValueError(f"`data` must have at most the {config.num_classes} classes of `model`, it has {classes}.")
     # a region grid belongs to a number of parallel tokens
     inherited = {"region_grid": None} if "num_parallel_tokens" in plan else {}
-    scheduler = PARScheduler.from_config(
-        pipe.scheduler.config, grid_size=dataset.grid_size, **inherited | plan
-    )
+    scheduler = PARScheduler.from_config(pipe.scheduler.config, grid_size=dataset.grid_size, **inherited | plan)
     for name, value in dropouts.items():
         setattr(config, name, value)
     labels = pipe.config.id2label
@@ -315,9 +319,8 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
         schedule.step()
         if ema is not None:
             ema.step(model.parameters())
-        ends = step == total_steps
-        validates = step % settings.validation_steps == 0 or ends
-        saves = step % settings.checkpointing_steps == 0 or ends
+        validates = step % settings.validation_steps == 0 or step == total_steps
+        saves = step % settings.checkpointing_steps == 0 or step == total_steps
         logs = step % settings.logging_steps == 0 or validates or saves
         if logs:
             window = accelerator.reduce(window, "mean")
@@ -340,22 +343,22 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
                 metrics |= _validation_metrics(each, scheduler)
         run.log(step, metrics)
         accelerator.print(_line(step, total_steps, metrics), flush=True)
-        if validates or saves:
+        if validates and held_out is not None and accelerator.is_main_process:
+            values = scheduler.restore_grid(each[None].float())[0].cpu()
+            run.log_picture(step, "validation", draw_heatmap(values))
+        samples = validates and settings.num_validation_images > 0
+        if samples or saves:
             tensors, pipe = gather()
-            if validates and accelerator.is_main_process:
-                if held_out is not None:
-                    values = scheduler.restore_grid(each[None].float())[0].cpu()
-                    run.log_picture(step, "validation", draw_heatmap(values))
-                if settings.num_validation_images:
-                    images = _sample(pipe, settings.num_validation_images, device)
-                    run.log_picture(step, "samples", lay_out(images, 1, is_text=False))
+            if samples and accelerator.is_main_process:
+                images = _sample(pipe, settings.num_validation_images, device)
+                run.log_picture(step, "samples", lay_out(images, 1, is_text=False))
             if saves:
                 state = {"schedule": schedule.state_dict(), "num_processes": accelerator.num_processes}
                 state["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
                 run.save_checkpoint(step, tensors, state, lambda folder, pipe=pipe: pipe.save_pretrained(folder))
-            if ends:
-                run.finish(lambda folder, pipe=pipe: pipe.save_pretrained(folder))
         window, seconds, logged = torch.zeros((), device=device), 0.0, step
+    _, pipe = gather()
+    run.finish(lambda folder: pipe.save_pretrained(folder))
 
 
 def _validation_metrics(losses: torch.Tensor, scheduler: PARScheduler) -> dict:
@@ -366,7 +369,9 @@ def _validation_metrics(losses: torch.Tensor, scheduler: PARScheduler) -> dict:
         metrics["validation_loss_initial"] = losses[single].mean().item()
         metrics["validation_loss_parallel"] = losses[~single].mean().item()
     grid = scheduler.restore_grid(losses[None].float())[0]
-    return metrics | {"validation_loss_per_token": [[round(v, 4) for v in row] for row in grid.flatten(0, -2).tolist()]}
+    return metrics | {
+        "validation_loss_per_token": [[round(v, 4) for v in row] for row in grid.flatten(0, -2).tolist()]
+    }
 
 
 def _line(step: int, total_steps: int, metrics: dict) -> str:
@@ -374,7 +379,9 @@ def _line(step: int, total_steps: int, metrics: dict) -> str:
     if "validation_loss" in metrics:
         line += f" validation {metrics['validation_loss']:.4f}"
     if "validation_loss_initial" in metrics:
-        line += f" (initial {metrics['validation_loss_initial']:.4f}, parallel {metrics['validation_loss_parallel']:.4f})"
+        line += (
+            f" (initial {metrics['validation_loss_initial']:.4f}, parallel {metrics['validation_loss_parallel']:.4f})"
+        )
     return line + (
         f" lr {metrics['learning_rate']:.2e} grad {metrics['grad_norm']:.2f} {metrics['samples_per_second']:.0f} samples/s "
         f"MFU {metrics['mfu']:.0%}"
@@ -388,4 +395,3 @@ def _sample(pipe: PARPipeline, count: int, device: torch.device) -> list:
     images = generate(pipe, classes, seed=0)
     pipe.to("cpu")
     return images
-

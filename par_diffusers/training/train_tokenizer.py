@@ -238,9 +238,8 @@ def _train(run, vqvae, images, held_out, batches) -> None:
             if len(dead) and step < 0.8 * total_steps:
                 codebook.data[dead] = draw_latents(result["latents"], len(dead), step)
             uses.zero_()
-        ends = step == total_steps
-        validates = step % settings.validation_steps == 0 or ends
-        saves = step % settings.checkpointing_steps == 0 or ends
+        validates = step % settings.validation_steps == 0 or step == total_steps
+        saves = step % settings.checkpointing_steps == 0 or step == total_steps
         logs = step % settings.logging_steps == 0 or validates or saves
         if logs:
             loss, l1, squared_error = (accelerator.reduce(window, "mean") / (step - logged)).tolist()
@@ -276,9 +275,8 @@ def _train(run, vqvae, images, held_out, batches) -> None:
             state = {"schedule": schedule.state_dict(), "usage": usage}
             state["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
             run.save_checkpoint(step, tensors, state, export)
-        if ends:
-            run.finish(export)
         window, seconds, logged = torch.zeros(3, device=device), 0.0, step
+    run.finish(export)
 
 
 @torch.no_grad()

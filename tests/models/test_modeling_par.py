@@ -104,6 +104,19 @@ def test_attention_implementations_agree(plan, implementation, make_model):
 
 
 @torch.no_grad()
+def test_a_batch_shares_one_mask(make_model):
+    scheduler, model, grid = build("4 parallel tokens", make_model)
+    shapes = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: shapes.append(kwargs["attention_mask"].shape), with_kwargs=True
+    )
+    model(class_labels=torch.tensor([3, 8]), **scheduler.model_inputs(grid, 32))
+    hook.remove()
+    slots = len(scheduler.slot_tokens)
+    assert shapes == [(1, 1, slots, slots)]
+
+
+@torch.no_grad()
 def test_groups_equal_the_published_mask(make_model):
     scheduler, model, grid = build("4 parallel tokens", make_model)
     slots = len(scheduler.slot_tokens)

@@ -18,7 +18,8 @@ def test_steps_hold_the_same_samples_however_they_are_shared(drawn):
     whole = list(BatchSchedule(samples, views, batch, 3, steps))
     assert len(whole) == 7 and all(len(set(part)) == batch for part in whole)
     shares = [
-        list(BatchSchedule(samples, views, batch, 3, steps, accumulation, index, processes)) for index in range(processes)
+        list(BatchSchedule(samples, views, batch, 3, steps, accumulation, index, processes))
+        for index in range(processes)
     ]
     for step in steps:
         parts = [share[step * accumulation : (step + 1) * accumulation] for share in shares]

@@ -88,7 +88,9 @@ def test_images_that_cannot_be_read_are_counted_and_left_out(make_pictures, vqva
     assert "3 images could not be read and were skipped: blue/0000.png, blue/0003.png, red/0005.png" in printed
     codes, labels = everything(tmp_path / "out", load_vqvae(vqvae_folder))
     images = ImageFolder(tmp_path / "in", 16)
-    readable = [i for i, file in enumerate(images.files) if file not in ("blue/0000.png", "blue/0003.png", "red/0005.png")]
+    readable = [
+        i for i, file in enumerate(images.files) if file not in ("blue/0000.png", "blue/0003.png", "red/0005.png")
+    ]
     assert labels == [images.labels[i] for i in readable]
     for place, index in enumerate(readable):
         assert torch.equal(codes[place, :1], encode(load_vqvae(vqvae_folder), to_pixels(images.load(index))))
@@ -170,7 +172,9 @@ def test_a_folder_of_neither_kind_is_refused(make_vqvae, tmp_path):
 
 def test_shards_of_another_tokenizer_are_refused(codes, make_vqvae):
     other = make_vqvae(seed=1)
-    with pytest.raises(ValueError, match=f"`data` must be codes of the tokenizer given.*is {tokenizer_fingerprint(other)}"):
+    with pytest.raises(
+        ValueError, match=f"`data` must be codes of the tokenizer given.*is {tokenizer_fingerprint(other)}"
+    ):
         CodeDataset(codes, other)
 
 

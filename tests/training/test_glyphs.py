@@ -2,10 +2,18 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFont
 
-from par_diffusers.training.glyphs import CLASSES, draw_glyph, keep_legible, load_glyphs, render_glyph, render_split
+from par_diffusers.training.glyphs import (
+    CLASSES,
+    draw_glyph,
+    keep_legible,
+    load_glyphs,
+    main,
+    render_glyph,
+    render_split,
+)
+from par_diffusers.training.images import ImageFolder
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +69,28 @@ def test_pictures_show_a_light_glyph_on_a_dark_background(glyphs):
         assert corners.max() < 160 < light.max()
 
 
-def test_splits_are_whole_shuffled_and_reproducible(glyphs):
-    first = render_split(glyphs, variants=2, image_size=24, rng=random.Random(3))
-    assert first["images"].shape == (72, 3, 24, 24) and first["images"].dtype == torch.uint8
-    assert torch.bincount(first["labels"].long()).tolist() == [2] * 36
-    assert first["labels"].tolist() != sorted(first["labels"].tolist())
-    again = render_split(glyphs, variants=2, image_size=24, rng=random.Random(3))
-    assert torch.equal(first["images"], again["images"])
+def test_an_upright_bar_has_a_shape(glyphs):
+    ((_, drawn),) = glyphs.items()
+    bar = Image.new("L", (20, 100), 255)  # the "I" of many fonts without serifs
+    fonts = {
+        (f"plain {i}", ""): [bar if c == "I" else g for c, g in zip(CLASSES, drawn, strict=True)] for i in range(3)
+    }
+    assert keep_legible(fonts, min_likeness=0.7, min_ink=0.2).keys() == fonts.keys()
+
+
+def test_splits_are_folders_of_classes_and_reproducible(glyphs, tmp_path):
+    for name in ("first", "again"):
+        assert render_split(glyphs, variants=2, image_size=24, rng=random.Random(3), folder=tmp_path / name) == 72
+    files = sorted(file.relative_to(tmp_path / "first") for file in (tmp_path / "first").rglob("*.png"))
+    assert len(files) == 72
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    images = ImageFolder(tmp_path / "first", 24)
+    assert images.classes == sorted(CLASSES) and np.bincount(images.labels).tolist() == [2] * 36
+    assert images[0, 0].shape == (3, 24, 24)
+
+
+def test_a_folder_with_files_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="--output must be a new or empty folder"):
+        main(["--output", str(tmp_path)])

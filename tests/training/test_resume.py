@@ -48,7 +48,9 @@ def kill_until_done(command: str, values: dict, kills: int, seed: int, resume: t
 def run(tiny):
     """Options of a short run in which everything is random that can be."""
     dropouts = {f"{name}_dropout": 0.1 for name in ("token", "residual", "attention", "condition")}
-    return tiny | dropouts | {"max_train_steps": 60, "checkpointing_steps": 2, "ema_decay": 0.9, "mixed_precision": "no"}
+    return (
+        tiny | dropouts | {"max_train_steps": 60, "checkpointing_steps": 2, "ema_decay": 0.9, "mixed_precision": "no"}
+    )
 
 
 def weights_of(folder):
@@ -131,7 +133,9 @@ def test_a_run_continues_from_the_checkpoint_named(short):
     for name in ("latest", "checkpoint-2", "checkpoint-4"):
         train(settings_of(short), resume=name)
         assert read_losses(folder) == losses
-    with pytest.raises(ValueError, match="one of .'checkpoint-2', 'checkpoint-4', 'checkpoint-6'., got 'checkpoint-3'"):
+    with pytest.raises(
+        ValueError, match="one of .'checkpoint-2', 'checkpoint-4', 'checkpoint-6'., got 'checkpoint-3'"
+    ):
         train(settings_of(short), resume="checkpoint-3")
 
 
@@ -143,6 +147,15 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(short):
     (folder / ".checkpoint-2.partial").mkdir()
     train(settings_of(short), resume="latest")
     assert read_losses(folder) == losses
+
+
+def test_a_run_killed_after_its_last_step_is_finished(short):
+    folder = train(settings_of(short))
+    whole = weights_of(folder)
+    (folder / "model_index.json").unlink()
+    shutil.rmtree(folder / "transformer")
+    train(settings_of(short), resume="latest")
+    assert all(weight.equal(weights_of(folder)[name]) for name, weight in whole.items())
 
 
 def test_a_torn_line_of_the_log_is_dropped(short):

@@ -20,7 +20,13 @@ def read(settings_type, *words, echo=None):
 
 def test_defaults_are_the_papers():
     settings = read(TrainingSettings, "--data", "codes", "--output", "out")
-    paper = {"learning_rate": 1e-4, "global_batch_size": 256, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.05}
+    paper = {
+        "learning_rate": 1e-4,
+        "global_batch_size": 256,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.05,
+    }
     paper |= {"num_train_epochs": 300, "lr_warmup_epochs": 15, "lr_scheduler": "cosine", "max_grad_norm": 1.0}
     paper |= {name: 0.1 for name in ("token_dropout", "residual_dropout", "attention_dropout", "condition_dropout")}
     for name, value in paper.items():
@@ -30,7 +36,9 @@ def test_defaults_are_the_papers():
 def test_options_override_the_file_and_the_file_the_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("data: codes\nlearning-rate: 1e-3\nglobal_batch_size: 64\nregion_grid: [2, 2]\ncompile: true\n")
-    settings = read(TrainingSettings, "--config", str(file), "--output", "out", "--global-batch-size", "32", "--no-compile")
+    settings = read(
+        TrainingSettings, "--config", str(file), "--output", "out", "--global-batch-size", "32", "--no-compile"
+    )
     assert (settings.learning_rate, settings.global_batch_size, settings.region_grid) == (1e-3, 32, (2, 2))
     assert settings.compile is False and settings.seed == 0
 
