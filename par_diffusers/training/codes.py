@@ -59,12 +59,14 @@ class CodeDataset(Dataset):
         folder (`str` or `Path`): The folder.
         vqvae (`VQModel`): The tokenizer that the codes are to be decoded with. Shards of another one raise a `ValueError`.
 
-    Attributes: `grid_size`, `num_views`, `classes` (`list[str]`, or None for LlamaGen's layout), `fingerprint` of the data.
+    Attributes: `grid_size`, `num_views`, `classes` (`list[str]`, or None for LlamaGen's layout), `fingerprint` of the data,
+    and `num_classes`, which class ids must be below (None: any).
     """
 
     def __init__(self, folder: str | Path, vqvae: VQModel):
         self.folder = Path(folder)
         self.vocab_size = vqvae.config.num_vq_embeddings
+        self.num_classes = None
         self._open = {}
         if (self.folder / INDEX).is_file():
             self._read_index(vqvae)
@@ -139,4 +141,6 @@ class CodeDataset(Dataset):
                 f"`data` must hold codes of the tokenizer's {self.vocab_size}, {file} has {int(codes.min())} to "
                 f"{int(codes.max())}."
             )
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise ValueError(f"`data` must hold the model's {self.num_classes} classes, {file} has class {label}.")
         return codes, label

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from par_diffusers.training.settings import save_settings
 
@@ -208,23 +209,26 @@ class TrainingRun:
                 tracker.log_images({name: [image]}, step=step)
 
     def save_checkpoint(
-        self, step: int, tensors: dict[str, dict], state: dict, export: Callable[[Path], None]
+        self, step: int, tensors: dict[str, dict], schedule: LambdaLR, export: Callable[[Path], None], **state
     ) -> None:
         """
-        Writes `checkpoint-{step}`: `export(folder)` writes what users load, `tensors` go to `training_state/{name}.safetensors`
-        and `state` to `training_state/trainer_state.json`. Called by all processes.
+        Writes `checkpoint-{step}`: `export(folder)` writes what users load, `tensors` (of `gather_state`, and others by
+        name) go to `training_state/{name}.safetensors`, the rest to `training_state/trainer_state.json`. Called by all
+        processes.
         """
         final = self.folder / f"checkpoint-{step}"
         if self.accelerator.is_main_process and not final.exists():
+            scaler = self.accelerator.scaler
+            state |= {"step": step, "data": self.data, "num_processes": self.accelerator.num_processes}
+            state |= {"schedule": schedule.state_dict(), "scaler": scaler and scaler.state_dict()}
             partial = self.folder / f".checkpoint-{step}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
             try:
                 export(partial)
                 (partial / STATE).mkdir()
                 for name, values in tensors.items():
                     save_file(values, partial / STATE / f"{name}.safetensors")
-                text = json.dumps(state | {"step": step, "data": self.data}, indent=1)
-                (partial / STATE / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
+                text = json.dumps(state, indent=1) + "\n"
+                (partial / STATE / "trainer_state.json").write_text(text, encoding="utf-8")
                 _sync(partial)
                 os.rename(partial, final)
             except BaseException:
@@ -236,13 +240,32 @@ class TrainingRun:
                 shutil.rmtree(gone)
         self.accelerator.wait_for_everyone()
 
-    def load_checkpoint(self) -> tuple[dict[str, dict], dict]:
-        """The `tensors` (empty but on the main process) and `state` of the checkpoint to continue from."""
-        folder = self.checkpoint / STATE
-        tensors = {}
+    def restore(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LambdaLR,
+        ema: EMAModel | None = None,
+    ) -> tuple[dict[str, dict], dict]:
+        """
+        Puts the state of the checkpoint to continue from, if there is one, into what accelerate has prepared. Returns its
+        tensors (on the main process only) and what else was saved with it.
+        """
+        if self.checkpoint is None:
+            return {}, {}
+        folder, tensors = self.checkpoint / STATE, {}
         if self.accelerator.is_main_process:
             tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-        return tensors, json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        _scatter_state(tensors, model, optimizer, ema)
+        schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if ema is not None:
+            ema.optimization_step = self.step
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return tensors, state
 
     def finish(self, export: Callable[[Path], None]) -> None:
         """Puts what was trained into the folder itself, each file by a rename."""
@@ -276,7 +299,7 @@ def gather_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: 
     return {kind: {name: t.contiguous() for name, t in named.items()} for kind, named in tensors.items()}
 
 
-def restore_state(
+def _scatter_state(
     tensors: dict[str, dict], model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
 ) -> None:
     """The inverse of `gather_state`: `tensors` as the main process has them, empty elsewhere."""

@@ -85,7 +85,7 @@ class TrainingSettings(_RunSettings):
     attention_dropout: float = option(0.1, "dropout of attention weights", least=0)
     condition_dropout: float = option(0.1, "share of conditions replaced by the null condition", least=0)
     num_train_epochs: int = option(300, "passes through the data", least=1)
-    lr_warmup_epochs: int = option(15, "epochs of linear warm-up", least=0)
+    lr_warmup_epochs: int = option(15, "epochs of linear warm-up, at most a tenth of the steps", least=0)
     ema_decay: float | None = option(
         None, "decay of the average of the weights that is saved (default: none)", above=0
     )

@@ -27,7 +27,6 @@ from par_diffusers.training.run import (
     lock_folder,
     make_accelerator,
     optimizer_and_schedule,
-    restore_state,
 )
 from par_diffusers.training.settings import TrainingSettings
 
@@ -256,16 +255,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
     optimizer, schedule = optimizer_and_schedule(model, settings, total_steps, warmup_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = None if settings.ema_decay is None else EMAModel(model.parameters(), decay=settings.ema_decay)
-    if run.checkpoint is not None:
-        tensors, state = run.load_checkpoint()
-        restore_state(tensors, model, optimizer.optimizer, ema)
-        schedule.load_state_dict(state["schedule"])
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if ema is not None:
-            ema.optimization_step = run.step
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+    run.restore(model, optimizer.optimizer, schedule, ema)
     scheduler.set_timesteps(device=device, grid_size=dataset.grid_size)
     num_slots = len(scheduler.slot_tokens)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.mixed_precision]
@@ -288,6 +278,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
         pipe = PARPipeline(trained.eval(), vqvae, scheduler, id2label=labels)
         return tensors, pipe
 
+    dataset.num_classes = config.num_classes
     loader = iter(
         DataLoader(
             dataset,
@@ -353,9 +344,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
                 images = _sample(pipe, settings.num_validation_images, device)
                 run.log_picture(step, "samples", lay_out(images, 1, is_text=False))
             if saves:
-                state = {"schedule": schedule.state_dict(), "num_processes": accelerator.num_processes}
-                state["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-                run.save_checkpoint(step, tensors, state, lambda folder, pipe=pipe: pipe.save_pretrained(folder))
+                run.save_checkpoint(step, tensors, schedule, lambda folder, pipe=pipe: pipe.save_pretrained(folder))
         window, seconds, logged = torch.zeros((), device=device), 0.0, step
     _, pipe = gather()
     run.finish(lambda folder: pipe.save_pretrained(folder))

@@ -22,7 +22,6 @@ from par_diffusers.training.run import (
     lock_folder,
     make_accelerator,
     optimizer_and_schedule,
-    restore_state,
 )
 from par_diffusers.training.settings import TokenizerSettings
 
@@ -165,18 +164,10 @@ def _train(run, vqvae, images, held_out, batches) -> None:
     model, optimizer = accelerator.prepare(objective, optimizer)
     codebook = objective.vqvae.quantize.embedding.weight
     uses = torch.zeros(len(codebook), dtype=torch.long, device=device)
-    usage = None
-    if run.checkpoint is not None:
-        tensors, state = run.load_checkpoint()
-        if accelerator.is_main_process:
-            uses.copy_(tensors.pop("codebook")["uses"])
-        restore_state(tensors, model, optimizer.optimizer, None)
-        usage = state["usage"]
-        schedule.load_state_dict(state["schedule"])
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+    tensors, state = run.restore(model, optimizer.optimizer, schedule)
+    usage = state.get("usage")
+    if tensors:
+        uses.copy_(tensors["codebook"]["uses"])
     accelerator.print(
         f"{sum(p.numel() for p in vqvae.parameters()) / 1e6:.2f} M parameters, {len(images)} images, {total_steps} steps of "
         f"{settings.global_batch_size} on {accelerator.num_processes} x {device.type}",
@@ -272,9 +263,7 @@ def _train(run, vqvae, images, held_out, batches) -> None:
         if saves:
             total_uses = accelerator.reduce(uses, "sum")
             tensors = gather_state(model, optimizer.optimizer, None) | {"codebook": {"uses": total_uses.cpu()}}
-            state = {"schedule": schedule.state_dict(), "usage": usage}
-            state["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-            run.save_checkpoint(step, tensors, state, export)
+            run.save_checkpoint(step, tensors, schedule, export, usage=usage)
         window, seconds, logged = torch.zeros(3, device=device), 0.0, step
     run.finish(export)
 

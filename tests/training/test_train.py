@@ -192,6 +192,7 @@ def test_a_converted_llamagen_model_becomes_the_start_of_par(reference, tmp_path
     folder = convert_llamagen_checkpoint(
         recorded.file, recorded.vq_file, tmp_path / "llamagen", image_size=32, num_attention_heads=4
     )
+    before = PARPipeline.from_pretrained(folder)
     for kind in ("codes", "labels"):
         (tmp_path / "data" / kind).mkdir(parents=True)
     for number in range(8):
@@ -209,9 +210,13 @@ def test_a_converted_llamagen_model_becomes_the_start_of_par(reference, tmp_path
     same |= {f"{name}_dropout": 0.0 for name in ("token", "residual", "attention", "condition")}
     same |= {"num_validation_images": 0, "logging_steps": 1}
 
+    np.save(tmp_path / "data" / "labels" / "7.npy", np.array([before.transformer.config.num_classes]))
+    with pytest.raises(ValueError, match="must hold the model's .* classes, .*7.npy has class"):
+        train(TrainingSettings(**same, output=tmp_path / "wrong"))
+    np.save(tmp_path / "data" / "labels" / "7.npy", recorded.cond[1].numpy().reshape(1))
+
     # one token at a time, the first loss is that of the model as it is
     grown = train(TrainingSettings(**same, output=tmp_path / "1x"))
-    before = PARPipeline.from_pretrained(folder)
     grids, labels = recorded.tokens_raster.view(3, 8, 8), recorded.cond
     with torch.no_grad():
         each = token_losses(before.transformer, before.scheduler, 96, grids, class_labels=labels).mean(1)
@@ -280,6 +285,17 @@ def test_sharded_weights_train_as_whole_ones_and_go_on_after_an_interruption(tin
     assert read_losses(tmp_path / "two") == losses
     again = PARPipeline.from_pretrained(tmp_path / "two").transformer.state_dict()
     assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_a_run_of_one_process_goes_on_in_two_that_share_the_weights(tiny, tmp_path):
+    settings = {**tiny, "max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9, "output": tmp_path / "out"}
+    folder = train(TrainingSettings(**settings))
+    losses, weights = read_losses(folder), PARPipeline.from_pretrained(folder).transformer.state_dict()
+    printed = finish(start("train", {"output": folder}, "--resume", "checkpoint-3", processes=2, fsdp=True))
+    assert "on 2 x cpu, FSDP" in printed
+    assert read_losses(folder)[:3] == losses[:3] and np.allclose(read_losses(folder), losses, atol=1e-5)
+    again = PARPipeline.from_pretrained(folder).transformer.state_dict()
+    assert all(torch.allclose(weights[name], again[name], atol=2e-4) for name in weights)
 
 
 # ---- errors ----
