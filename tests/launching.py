@@ -47,7 +47,6 @@ def start(
         stdout=subprocess.PIPE if log is None else log.open("w"),
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 

@@ -114,19 +114,17 @@ class TrainingRun:
     def __init__(self, accelerator: Accelerator, settings, resume: str | None, data: str):
         self.accelerator, self.settings, self.data = accelerator, settings, data
         self.folder = Path(settings.output)
-        found = [None]
+        found = [None, {"step": 0}]
         if accelerator.is_main_process:
-            found = [self._prepare(resume)]
-        self.checkpoint, self.step = None, 0
-        if broadcast_object_list(found)[0] is not None:
-            self.checkpoint = self.folder / found[0]
-            self.step = int(found[0].rpartition("-")[2])
+            found = self._prepare(resume)
+        self.checkpoint, self._state = broadcast_object_list(found)
+        self.step = self._state["step"]
         if settings.report_to is not None:
             accelerator.init_trackers("par_diffusers", _flat(dataclasses.asdict(settings)))
 
-    def _prepare(self, resume: str | None) -> str | None:
-        """The name of the checkpoint to continue from."""
-        there = sorted(item.name for item in self.folder.iterdir() if item.name != ".lock")
+    def _prepare(self, resume: str | None) -> list:
+        """The name of the checkpoint to continue from, if any, and its state."""
+        there = sorted(i.name for i in self.folder.iterdir() if i.name != ".lock" and not i.name.endswith(".partial"))
         if resume is None:
             if there:
                 raise ValueError(
@@ -134,7 +132,7 @@ class TrainingRun:
                     f"{' (--resume continues the run in it)' if SETTINGS in there else ''}."
                 )
             save_settings(self.settings, self.folder / SETTINGS)
-            return None
+            return [None, {"step": 0}]
         if SETTINGS not in there:
             raise ValueError(f"`resume` continues a run, {self.folder} holds none ({SETTINGS} is missing).")
         earlier = type(self.settings)(**_read_yaml(self.folder / SETTINGS))
@@ -153,15 +151,16 @@ class TrainingRun:
         if resume != "latest" and resume not in checkpoints:
             raise ValueError(f"`resume` must be a checkpoint in {self.folder}, one of {checkpoints}, got {resume!r}.")
         name = resume if resume != "latest" else checkpoints[-1] if checkpoints else None
+        state = {"step": 0}
         if name is not None:
-            theirs = json.loads((self.folder / name / STATE / "trainer_state.json").read_text(encoding="utf-8"))[
-                "data"
-            ]
-            if theirs != self.data:
-                raise ValueError(f"`resume` must continue with the data of the run ({theirs}), `data` is {self.data}.")
-        self._cut_metrics(int(name.rpartition("-")[2]) if name else 0)
+            state = json.loads((self.folder / name / STATE / "trainer_state.json").read_text(encoding="utf-8"))
+            if state["data"] != self.data:
+                raise ValueError(
+                    f"`resume` must continue with the data of the run ({state['data']}), `data` is {self.data}."
+                )
+        self._cut_metrics(state["step"])
         print(f"continuing {self.folder} {'from ' + name if name else 'from the start'}", flush=True)
-        return name
+        return [name, state]
 
     def _checkpoints(self) -> list[str]:
         names = [item.name for item in self.folder.glob("checkpoint-*") if item.name.rpartition("-")[2].isdecimal()]
@@ -253,10 +252,10 @@ class TrainingRun:
         """
         if self.checkpoint is None:
             return {}, {}
-        folder, tensors = self.checkpoint / STATE, {}
+        tensors, state = {}, self._state
         if self.accelerator.is_main_process:
-            tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            files = (self.folder / self.checkpoint / STATE).glob("*.safetensors")
+            tensors = {file.stem: load_file(file) for file in files}
         _scatter_state(tensors, model, optimizer, ema)
         schedule.load_state_dict(state["schedule"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -273,7 +272,8 @@ class TrainingRun:
             partial = self.folder / ".final.partial"
             export(partial)
             _sync(partial)
-            for file in sorted(partial.rglob("*")):
+            # model_index.json, which makes a folder a pipeline, comes last
+            for file in sorted(partial.rglob("*"), key=lambda file: (file.is_file() and file.parent == partial, file)):
                 place = self.folder / file.relative_to(partial)
                 place.mkdir(exist_ok=True) if file.is_dir() else os.replace(file, place)
             shutil.rmtree(partial)

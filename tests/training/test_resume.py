@@ -2,12 +2,11 @@
 
 import errno
 import json
-import os
 import random
 import shutil
-import signal
 import time
 
+import psutil
 import pytest
 from diffusers import VQModel
 from launching import finish, read_losses, read_metrics, start
@@ -35,7 +34,9 @@ def kill_until_done(command: str, values: dict, kills: int, seed: int, resume: t
         if process.poll() is not None:
             assert process.returncode == 0, log.read_text()
             return killed
-        os.killpg(process.pid, signal.SIGKILL)
+        family = psutil.Process(process.pid)
+        for member in [family, *family.children(recursive=True)]:  # a launcher's processes outlive it
+            member.kill()
         process.wait()
         killed += 1
         # killed before the run had a folder to continue, it starts anew
