@@ -297,7 +297,11 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
             seed_step(settings.seed, step, part, accelerator.process_index)
             with accelerator.accumulate(model):
                 losses = token_losses(
-                    model, scheduler, vocab_size, codes.to(device), class_labels=class_labels.to(device)
+                    model,
+                    scheduler,
+                    vocab_size,
+                    codes.to(device, non_blocking=True),
+                    class_labels=class_labels.to(device, non_blocking=True),
                 )
                 loss = losses.mean()
                 accelerator.backward(loss)
