@@ -39,6 +39,36 @@ def _model_source(name: str) -> str | Path:
     return name if Path(name).exists() or "/" in name else embedded_model(name)
 
 
+# options of a pipeline's call; what is not given is the model's own
+_SAMPLING = (
+    "guidance_scale",
+    "guidance_schedule",
+    "guidance_power",
+    "guidance_interval",
+    "temperature",
+    "top_k",
+    "top_p",
+)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the model's own)")
+    parser.add_argument(
+        "--guidance-schedule", help="constant, linear or power-cosine over the steps (default: the model's own)"
+    )
+    parser.add_argument("--guidance-power", type=float, help="of power-cosine (default: the model's own)")
+    parser.add_argument(
+        "--guidance-interval",
+        type=int,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="steps with guidance, TO not among them (default: the model's own)",
+    )
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest tokens (default: the model's own)")
+    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens, 0 all (default: the model's own)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens of mass p (default: the model's own)")
+
+
 def _add_generate(commands) -> None:
     parser = commands.add_parser(
         "generate",
@@ -66,10 +96,7 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--seed", type=int, help="of the first image; image i uses seed + i (default: drawn and printed)"
     )
-    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the model's own)")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest tokens (default: the model's own)")
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens, 0 all (default: the model's own)")
-    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens of mass p (default: the model's own)")
+    _add_sampling(parser)
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
     )
@@ -115,8 +142,7 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     else:
         labels = [int(name) if name.isdecimal() and name not in pipe.labels else name for name in args.labels]
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in _SAMPLING}
     images = generate(pipe, labels, num_images=args.num_images, seed=seed, batch_size=args.batch_size, **options)
     save_image(lay_out(images, args.num_images, is_text=args.text is not None), args.output)
     again = shlex.join(["par-diffusers", *argv, *([] if args.seed is not None else ["--seed", str(seed)])])

@@ -316,6 +316,9 @@ class PARPipeline(DiffusionPipeline):
         temperature: float,
         top_k: int,
         top_p: float,
+        guidance_schedule: str,
+        guidance_power: float,
+        guidance_interval: tuple[int, int] | None,
         generator: torch.Generator | list[torch.Generator] | None,
         batch_size: int,
         latents: torch.LongTensor | None,
@@ -324,7 +327,9 @@ class PARPipeline(DiffusionPipeline):
     ):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        self.scheduler.check_sampling(temperature, top_k, top_p, guidance_scale)
+        self.scheduler.check_sampling(
+            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_power, guidance_interval
+        )
         generators = generator if isinstance(generator, list) else [generator]
         if not all(g is None or isinstance(g, torch.Generator) for g in generators) or None in generators[1:]:
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
@@ -398,6 +403,9 @@ class PARPipeline(DiffusionPipeline):
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        guidance_schedule: str | None = None,
+        guidance_power: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation.
@@ -427,6 +435,10 @@ class PARPipeline(DiffusionPipeline):
                 `callback_on_step_end_tensor_inputs`; what it returns replaces them.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Tensors to hand to the callback.
+            guidance_schedule (`str`, *optional*), guidance_power (`float`, *optional*),
+            guidance_interval (`tuple[int, int]`, *optional*):
+                How the guidance scale changes over the steps; see [`PARScheduler.guidance_at`]. Default to the
+                checkpoint's own.
 
         Examples:
 
@@ -450,6 +462,9 @@ class PARPipeline(DiffusionPipeline):
         temperature = defaults.temperature if temperature is None else temperature
         top_k = defaults.top_k if top_k is None else top_k
         top_p = defaults.top_p if top_p is None else top_p
+        guidance_schedule = defaults.guidance_schedule if guidance_schedule is None else guidance_schedule
+        guidance_power = defaults.guidance_power if guidance_power is None else guidance_power
+        guidance_interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
@@ -462,6 +477,9 @@ class PARPipeline(DiffusionPipeline):
             temperature,
             top_k,
             top_p,
+            guidance_schedule,
+            guidance_power,
+            guidance_interval,
             generator,
             batch_size,
             latents,
@@ -502,7 +520,10 @@ class PARPipeline(DiffusionPipeline):
                 ).logits.float()
                 if use_guidance:
                     cond, uncond = logits.chunk(2)
-                    logits = uncond + self.guidance_scale * (cond - uncond)
+                    scale = self.scheduler.guidance_at(
+                        i, self.guidance_scale, guidance_schedule, guidance_power, guidance_interval
+                    )
+                    logits = cond if scale == 1 else uncond + scale * (cond - uncond)
                 latents = self.scheduler.step(
                     logits, i, latents, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
                 ).prev_sample

@@ -73,6 +73,11 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
             P, the slots of the condition: 1 for a class, 120 for a caption in LlamaGen's models.
         guidance_scale (`float`, defaults to 1.0):
             Classifier-free guidance scale that pipelines use unless told otherwise.
+        guidance_schedule (`str`, defaults to `"constant"`):
+            How the scale s changes over the steps, see `guidance_at`: `"constant"`, `"linear"` or `"power-cosine"`.
+        guidance_power (`float`, defaults to 2.5): Of the power-cosine schedule: how late guidance sets in.
+        guidance_interval (`tuple[int, int]`, *optional*):
+            The first step with guidance and the first one after it without; guidance is off outside. None: all steps.
         temperature (`float`, defaults to 1.0), top_k (`int`, defaults to 0), top_p (`float`, defaults to 1.0):
             Sampling values that `step` uses unless told otherwise. Temperature 0 takes the likeliest token, `top_k` 0
             and `top_p` 1 keep all.
@@ -105,6 +110,9 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
         group_attention: str = "full",
         prefix_length: int = 1,
         guidance_scale: float = 1.0,
+        guidance_schedule: str = "constant",
+        guidance_power: float = 2.5,
+        guidance_interval: tuple[int, int] | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -119,7 +127,9 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
         for name, value in (("num_parallel_tokens", num_parallel_tokens), ("prefix_length", prefix_length)):
             if not _is_count(value):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        self.check_sampling(temperature, top_k, top_p, guidance_scale)
+        self.check_sampling(
+            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_power, guidance_interval
+        )
         # diffusers takes arguments given by position for defaults, which `from_config` would then drop
         self.register_to_config(_use_default_values=[])
         self.set_timesteps()
@@ -264,10 +274,62 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
             inputs["input_ids"] = table[:, carried]
         return inputs
 
-    def check_sampling(self, temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0) -> None:
+    def guidance_at(
+        self,
+        timestep: int | torch.Tensor,
+        guidance_scale: float,
+        guidance_schedule: str | None = None,
+        guidance_power: float | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+    ) -> float:
+        """
+        The guidance scale of one step; 1 is no guidance.
+
+        With s the scale and x = timestep / num_inference_steps: `"constant"` s, `"linear"` 1 + (s - 1) x (ARPG),
+        `"power-cosine"` 1 + (s - 1) (1 - cos(pi x^power)) / 2 (RAR); and 1 outside the interval. None takes the configured
+        value. LlamaGen's and PAR's `cfg_interval` k, one token at a time, is the interval (0, k + 2).
+        """
+        schedule = self.config.guidance_schedule if guidance_schedule is None else guidance_schedule
+        power = self.config.guidance_power if guidance_power is None else guidance_power
+        interval = self.config.guidance_interval if guidance_interval is None else guidance_interval
+        step = int(timestep)
+        if interval is not None and not interval[0] <= step < interval[1]:
+            return 1.0
+        if schedule == "constant":
+            return guidance_scale
+        share = step / self.num_inference_steps
+        if schedule == "power-cosine":
+            share = (1 - math.cos(math.pi * share**power)) / 2
+        return 1 + (guidance_scale - 1) * share
+
+    def check_sampling(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        guidance_scale: float = 1.0,
+        guidance_schedule: str = "constant",
+        guidance_power: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+    ) -> None:
         """Raises a `ValueError` where one of these values cannot be used."""
         if not _is_number(guidance_scale) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be a finite number of at least 0, got {guidance_scale!r}.")
+        schedules = ("constant", "linear", "power-cosine")
+        if guidance_schedule not in schedules:
+            allowed = " or ".join(map(repr, schedules))
+            raise ValueError(f"`guidance_schedule` must be {allowed}, got {guidance_schedule!r}.")
+        if not _is_number(guidance_power) or not 0 < guidance_power < math.inf:
+            raise ValueError(f"`guidance_power` must be a finite number above 0, got {guidance_power!r}.")
+        if guidance_interval is not None and not (
+            len(guidance_interval) == 2
+            and all(isinstance(step, int) and not isinstance(step, bool) for step in guidance_interval)
+            and 0 <= guidance_interval[0] <= guidance_interval[1]
+        ):
+            raise ValueError(
+                "`guidance_interval` must be two steps, the first with guidance and the first after it without, "
+                f"got {guidance_interval!r}."
+            )
         if not _is_number(temperature) or not 0 <= temperature < math.inf:
             raise ValueError(f"`temperature` must be a finite number of at least 0, got {temperature!r}.")
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:

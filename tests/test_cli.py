@@ -77,7 +77,12 @@ def test_generate_hands_sampling_options_on(folder, tmp_path):
     greedy = draw("a.png", "--temperature", "0")
     assert (greedy == draw("b.png", "--top-k", "1")).all()
     assert not (greedy == draw("c.png")).all()
-    assert not (greedy == draw("d.png", "--temperature", "0", "--guidance-scale", "9")).all()
+    guided = draw("d.png", "--temperature", "0", "--guidance-scale", "9")
+    assert not (greedy == guided).all()
+    off = ["--temperature", "0", "--guidance-scale", "9", "--guidance-interval", "0", "0"]
+    assert (draw("e.png", *off) == draw("f.png", "--temperature", "0", "--guidance-scale", "1")).all()
+    late = ["--guidance-schedule", "power-cosine", "--guidance-power", "8"]
+    assert not (guided == draw("g.png", "--temperature", "0", "--guidance-scale", "9", *late)).all()
 
 
 @pytest.mark.parametrize(

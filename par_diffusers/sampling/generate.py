@@ -51,7 +51,7 @@ def generate(
         num_images (`int`, defaults to 1): Images of each label.
         seed (`int`, defaults to 0): Seed of the first image.
         batch_size (`int`, defaults to 32): Images generated at a time.
-        kwargs: More arguments of the pipeline's call: `guidance_scale`, `temperature`, `top_k`, `top_p`.
+        kwargs: More arguments of the pipeline's call: `guidance_scale`, `temperature`, `top_k`, ...
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:

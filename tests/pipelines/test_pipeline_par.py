@@ -23,7 +23,7 @@ def test_call_signature_is_the_documented_one():
     assert list(parameters)[1:] == [
         "class_labels", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "temperature", "top_k", "top_p",
         "generator", "latents", "output_type", "return_dict", "callback_on_step_end",
-        "callback_on_step_end_tensor_inputs",
+        "callback_on_step_end_tensor_inputs", "guidance_schedule", "guidance_power", "guidance_interval",
     ]  # fmt: skip
 
 
@@ -125,6 +125,32 @@ def test_defaults_come_from_the_scheduler_config(make_pipeline):
     for name in explicit:
         changed = explicit | {name: {"guidance_scale": 1.0, "temperature": 5.0, "top_k": 1, "top_p": 0.1}[name]}
         assert not torch.equal(default, tokens(pipe, [3, 8], generator=seeded(0, 1), **changed))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_schedule": "linear"},
+        {"guidance_schedule": "power-cosine", "guidance_power": 1.5},
+        {"guidance_interval": (2, 5)},
+        {"guidance_schedule": "linear", "guidance_interval": (0, 6)},
+    ],
+    ids=str,
+)
+def test_guidance_follows_its_schedule(options, pipe):
+    grid = tokens(pipe, [3, 8], temperature=0, guidance_scale=6.0, **options)
+    scales = [pipe.scheduler.guidance_at(step, 6.0, **options) for step in range(7)]
+    assert len(set(scales)) > 1
+    each = torch.tensor([scale for scale, step in zip(scales, pipe.scheduler.step_tokens, strict=True) for _ in step])
+    inputs = pipe.scheduler.model_inputs(grid, 32)
+    with torch.no_grad():
+        cond = pipe.transformer(class_labels=torch.tensor([3, 8]), **inputs).logits
+        uncond = pipe.transformer(class_labels=torch.tensor([10, 10]), **inputs).logits
+    guided = uncond + each[:, None] * (cond - uncond)
+    assert torch.equal(guided.argmax(-1), pipe.scheduler.order_tokens(grid))
+    # the checkpoint's own
+    pipe.scheduler = PARScheduler((4, 4), **options)
+    assert torch.equal(tokens(pipe, [3, 8], temperature=0, guidance_scale=6.0), grid)
 
 
 def test_number_of_steps_is_the_plans(pipe):
@@ -287,6 +313,10 @@ def test_vqvae_without_an_own_embedding_width_decodes(pipe):
         ({"guidance_scale": -1.0}, "guidance_scale.*got -1.0"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": "high"}, "guidance_scale"),
+        ({"guidance_schedule": "cosine"}, "guidance_schedule.*'power-cosine', got 'cosine'"),
+        ({"guidance_power": 0}, "guidance_power.*above 0, got 0"),
+        ({"guidance_interval": (5, 2)}, "guidance_interval.*got .5, 2."),
+        ({"guidance_interval": (1, 2, 3)}, "guidance_interval.*two steps"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt.*got 0"),
         ({"num_images_per_prompt": 1.0}, "num_images_per_prompt"),
         ({"num_inference_steps": 8}, "num_inference_steps.*7"),

@@ -401,3 +401,18 @@ def test_step_refuses_logits_of_another_step():
     scheduler = PARScheduler((4, 4))
     with pytest.raises(ValueError, match=r"model_output.*\(1, 4, vocab_size\).*\(1, 1, 8\)"):
         scheduler.step(torch.zeros(1, 1, 8), 5, torch.zeros(1, 4, 4, dtype=torch.long))
+
+
+def test_guidance_schedules_have_their_published_forms():
+    scheduler = PARScheduler((4, 4), num_parallel_tokens=1)  # 16 steps
+    assert [scheduler.guidance_at(t, 5.0) for t in (0, 8, 15)] == [5.0] * 3
+    assert [scheduler.guidance_at(t, 5.0, "linear") for t in (0, 4, 8, 12)] == [1.0, 2.0, 3.0, 4.0]
+    cosine = [scheduler.guidance_at(t, 5.0, "power-cosine", 1.0) for t in (0, 4, 8, 12)]
+    assert cosine == pytest.approx([1, 1 + 2 * (1 - 0.5**0.5), 3, 1 + 2 * (1 + 0.5**0.5)])
+    late = [scheduler.guidance_at(t, 5.0, "power-cosine", 3.0) for t in range(16)]
+    assert late == sorted(late) and late[8] < cosine[2]
+    on = [scheduler.guidance_at(t, 5.0, guidance_interval=(3, 6)) > 1 for t in range(16)]
+    assert on == [3 <= t < 6 for t in range(16)]
+    configured = PARScheduler((4, 4), 1, guidance_schedule="linear", guidance_interval=(4, 16))
+    assert [configured.guidance_at(t, 5.0) for t in (0, 4, 8)] == [1.0, 2.0, 3.0]
+    assert configured.guidance_at(8, 5.0, "constant") == 5.0
