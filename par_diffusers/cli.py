@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from par_diffusers._version import __version__
-from par_diffusers.training.settings import (
+from par_diffusers.settings import (
+    CallSettings,
     ExtractionSettings,
     TokenizerSettings,
     TrainingSettings,
@@ -37,36 +38,6 @@ def _model_source(name: str) -> str | Path:
     from par_diffusers.assets import embedded_model
 
     return name if Path(name).exists() or "/" in name else embedded_model(name)
-
-
-# options of a pipeline's call; what is not given is the model's own
-_SAMPLING = (
-    "guidance_scale",
-    "guidance_schedule",
-    "guidance_power",
-    "guidance_interval",
-    "temperature",
-    "top_k",
-    "top_p",
-)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the model's own)")
-    parser.add_argument(
-        "--guidance-schedule", help="constant, linear or power-cosine over the steps (default: the model's own)"
-    )
-    parser.add_argument("--guidance-power", type=float, help="of power-cosine (default: the model's own)")
-    parser.add_argument(
-        "--guidance-interval",
-        type=int,
-        nargs=2,
-        metavar=("FROM", "TO"),
-        help="steps with guidance, TO not among them (default: the model's own)",
-    )
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest tokens (default: the model's own)")
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens, 0 all (default: the model's own)")
-    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens of mass p (default: the model's own)")
 
 
 def _add_generate(commands) -> None:
@@ -96,7 +67,7 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--seed", type=int, help="of the first image; image i uses seed + i (default: drawn and printed)"
     )
-    _add_sampling(parser)
+    add_options(parser, CallSettings, config=False)
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
     )
@@ -124,6 +95,7 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
         raise ValueError("TEXT must have at least one character that is not a space.")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {args.output}.")
+    call = read_settings(CallSettings, args).call_arguments()
     import diffusers
     import torch
     import transformers
@@ -142,8 +114,7 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     else:
         labels = [int(name) if name.isdecimal() and name not in pipe.labels else name for name in args.labels]
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    options = {name: getattr(args, name) for name in _SAMPLING}
-    images = generate(pipe, labels, num_images=args.num_images, seed=seed, batch_size=args.batch_size, **options)
+    images = generate(pipe, labels, num_images=args.num_images, seed=seed, batch_size=args.batch_size, **call)
     save_image(lay_out(images, args.num_images, is_text=args.text is not None), args.output)
     again = shlex.join(["par-diffusers", *argv, *([] if args.seed is not None else ["--seed", str(seed)])])
     count = sum(image is not None for image in images)

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from par_diffusers.conversion.convert_llamagen import read_labels
+from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.codes import INDEX, encode, grid_size, load_vqvae, tokenizer_fingerprint
 from par_diffusers.training.images import UNREADABLE, ImageFolder, to_pixels
 from par_diffusers.training.run import lock_folder
-from par_diffusers.training.settings import ExtractionSettings
 
 
 class _Images:
@@ -49,7 +49,7 @@ def extract_codes(settings: ExtractionSettings) -> Path:
 
     ```py
     >>> from par_diffusers.training.extract_codes import extract_codes
-    >>> from par_diffusers.training.settings import ExtractionSettings
+    >>> from par_diffusers.settings import ExtractionSettings
 
     >>> extract_codes(ExtractionSettings("imagenet/train", "codes", vqvae="par-xl-4x"))  # doctest: +SKIP
     ```

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from par_diffusers.training.settings import save_settings
+from par_diffusers.settings import save_settings
 
 
 SETTINGS, METRICS, STATE = "training.yaml", "metrics.jsonl", "training_state"

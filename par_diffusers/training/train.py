@@ -19,6 +19,7 @@ from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.sampling.generate import generate, lay_out
 from par_diffusers.schedulers import PARScheduler
+from par_diffusers.settings import TrainingSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
 from par_diffusers.training.codes import CodeDataset, load_vqvae
 from par_diffusers.training.run import (
@@ -28,7 +29,6 @@ from par_diffusers.training.run import (
     make_accelerator,
     optimizer_and_schedule,
 )
-from par_diffusers.training.settings import TrainingSettings
 
 
 _PLAN = ("num_parallel_tokens", "order", "region_grid", "initial_tokens", "group_attention", "guidance_scale")
@@ -201,7 +201,7 @@ def train(settings: TrainingSettings, resume: str | None = None) -> Path:
     Example:
 
     ```py
-    >>> from par_diffusers.training.settings import TrainingSettings
+    >>> from par_diffusers.settings import TrainingSettings
     >>> from par_diffusers.training.train import train
 
     >>> train(TrainingSettings("codes", "par-b-4x", vqvae="llamagen-b", hidden_size=768))  # doctest: +SKIP

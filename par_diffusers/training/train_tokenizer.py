@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from par_diffusers.sampling.generate import lay_out
+from par_diffusers.settings import TokenizerSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
 from par_diffusers.training.codes import grid_size
 from par_diffusers.training.images import ImageFolder, to_pixels
@@ -23,7 +24,6 @@ from par_diffusers.training.run import (
     make_accelerator,
     optimizer_and_schedule,
 )
-from par_diffusers.training.settings import TokenizerSettings
 
 
 def quantize(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
@@ -125,7 +125,7 @@ def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> P
     Example:
 
     ```py
-    >>> from par_diffusers.training.settings import TokenizerSettings
+    >>> from par_diffusers.settings import TokenizerSettings
     >>> from par_diffusers.training.train_tokenizer import train_tokenizer
 
     >>> train_tokenizer(TokenizerSettings("imagenet/train", "vq", codebook_size=16384))  # doctest: +SKIP

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.extract_codes import extract_codes
-from par_diffusers.training.settings import ExtractionSettings
 
 
 COLOURS = ("blue", "green", "red")

@@ -9,10 +9,10 @@ from launching import finish, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.codes import CodeDataset, encode, load_vqvae, tokenizer_fingerprint
 from par_diffusers.training.extract_codes import extract_codes
 from par_diffusers.training.images import ImageFolder, to_pixels
-from par_diffusers.training.settings import ExtractionSettings
 
 
 def everything(folder, vqvae) -> tuple[torch.Tensor, list[int]]:

@@ -6,7 +6,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from par_diffusers import PARConfig, PARScheduler
-from par_diffusers.training.settings import TokenizerSettings, TrainingSettings, _read_yaml
+from par_diffusers.settings import TokenizerSettings, TrainingSettings, _read_yaml
 
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"

@@ -12,8 +12,8 @@ from diffusers import VQModel
 from launching import finish, read_losses, read_metrics, start
 
 from par_diffusers import PARPipeline
+from par_diffusers.settings import TrainingSettings
 from par_diffusers.training import run as run_module
-from par_diffusers.training.settings import TrainingSettings
 from par_diffusers.training.train import train
 
 

@@ -9,8 +9,8 @@ from launching import finish, read_losses, read_metrics, start
 
 from par_diffusers import PARPipeline, PARScheduler
 from par_diffusers.conversion.convert_llamagen import convert_llamagen_checkpoint
+from par_diffusers.settings import TrainingSettings
 from par_diffusers.training.codes import CodeDataset, load_vqvae
-from par_diffusers.training.settings import TrainingSettings
 from par_diffusers.training.train import (
     flops_per_sample,
     token_losses,
@@ -337,8 +337,8 @@ def test_the_backbone_of_a_pipeline_has_its_own_sizes(pipe, tiny, tmp_path):
 
 
 def test_validation_data_must_match(tiny, tmp_path, make_pictures, vqvae_folder):
+    from par_diffusers.settings import ExtractionSettings
     from par_diffusers.training.extract_codes import extract_codes
-    from par_diffusers.training.settings import ExtractionSettings
 
     make_pictures(tmp_path / "in", 2)
     extract_codes(ExtractionSettings(tmp_path / "in", tmp_path / "codes", vqvae=vqvae_folder, image_size=16))

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from diffusers import VQModel
 from launching import finish, read_losses, read_metrics, start
 
+from par_diffusers.settings import TokenizerSettings
 from par_diffusers.training.codes import encode
 from par_diffusers.training.images import ImageFolder, to_pixels
-from par_diffusers.training.settings import TokenizerSettings
 from par_diffusers.training.train_tokenizer import (
     TokenizerObjective,
     build_vqvae,

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from par_diffusers.training.settings import (
+from par_diffusers.settings import (
     ExtractionSettings,
     TokenizerSettings,
     TrainingSettings,

@@ -1,4 +1,4 @@
-"""Settings of the training commands: each field is a command-line option and a line of a YAML file."""
+"""Settings of the commands: each field is a command-line option and, where a command takes --config, a line of a YAML file."""
 
 import argparse
 import dataclasses
@@ -139,9 +139,30 @@ class ExtractionSettings(_Settings):
     dataloader_num_workers: int = option(0, "processes that load images, for each process", least=0)
 
 
-def add_options(parser: argparse.ArgumentParser, settings_type: type) -> None:
-    """Adds --config and an option for each field."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options, which those given here override")
+@dataclass
+class CallSettings(_Settings):
+    """Arguments of a pipeline's call; None takes the model's own."""
+
+    guidance_scale: float | None = option(None, "classifier-free guidance (default: the model's own)", least=0)
+    guidance_schedule: str | None = option(
+        None, "guidance over the steps (default: the model's own)", ("constant", "linear", "power-cosine")
+    )
+    guidance_power: float | None = option(None, "of power-cosine (default: the model's own)", above=0)
+    guidance_interval: tuple[int, ...] | None = option(
+        None, "first step with guidance and first one after without (default: the model's own)", least=0
+    )
+    temperature: float | None = option(None, "0 takes the likeliest tokens (default: the model's own)", least=0)
+    top_k: int | None = option(None, "keep the k likeliest tokens, 0 all (default: the model's own)", least=0)
+    top_p: float | None = option(None, "keep the likeliest tokens of mass p (default: the model's own)", above=0)
+
+    def call_arguments(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(CallSettings)}
+
+
+def add_options(parser: argparse.ArgumentParser, settings_type: type, config: bool = True) -> None:
+    """Adds an option for each field, and --config."""
+    if config:
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options, which those given here override")
     for item in dataclasses.fields(settings_type):
         kind = _value_type(settings_type, item.name)
         help = item.metadata["help"]
@@ -165,7 +186,7 @@ def read_settings(settings_type: type, args: argparse.Namespace, echo: str | Non
     `echo` is the file that an earlier run left: it takes the place of what neither options nor --config say.
     """
     values = {}
-    for file in (echo, args.config):
+    for file in (echo, getattr(args, "config", None)):
         if file is not None:
             values |= _read_yaml(file, settings_type)
     names = {item.name for item in dataclasses.fields(settings_type)}
