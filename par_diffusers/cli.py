@@ -13,6 +13,7 @@ from par_diffusers._version import __version__
 from par_diffusers.settings import (
     CallSettings,
     ExtractionSettings,
+    SamplingSettings,
     TokenizerSettings,
     TrainingSettings,
     add_options,
@@ -121,6 +122,35 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     print(
         f"{args.output}: {count} image{'s' * (count > 1)} in {pipe.num_timesteps} steps each. The same again: {again}"
     )
+
+
+def _add_sample(commands) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="many images, for evaluation",
+        description="Draws many images into shards and an .npz, in one process or several. Image i depends on the seed and i "
+        "alone. Called again, it goes on where it was interrupted.",
+        epilog="""examples:
+  accelerate launch -m par_diffusers sample --model par-xl-4x --output samples --image-size-eval 256 --labels random
+  par-diffusers sample --model par-glyphs-4x --num-samples 720 --output glyph-samples --png
+  par-diffusers sample --model par-xl-4x --labels "golden retriever" 388 --num-samples 64 --output pets""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, SamplingSettings)
+    parser.set_defaults(run=_sample)
+
+
+def _sample(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = read_settings(SamplingSettings, args)
+    import diffusers
+    import transformers
+
+    from par_diffusers.sampling.sample import sample
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    settings.model = str(_model_source(settings.model))
+    sample(settings)
 
 
 def _add_convert(commands) -> None:
@@ -328,7 +358,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"par_diffusers {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_convert, _add_plan, _add_extract_codes, _add_train, _add_train_tokenizer):
+    adders = (
+        _add_generate,
+        _add_sample,
+        _add_convert,
+        _add_plan,
+        _add_extract_codes,
+        _add_train,
+        _add_train_tokenizer,
+    )
+    for add in adders:
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors(f"par-diffusers {args.command}"):

@@ -22,7 +22,8 @@ class _Settings:
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
-            setattr(self, item.name, _checked(item, _value_type(type(self), item.name), getattr(self, item.name)))
+            kind, text = _value_type(type(self), item.name), _holds_text(type(self), item.name)
+            setattr(self, item.name, _checked(item, kind, getattr(self, item.name), text and kind is tuple))
 
 
 @dataclass
@@ -139,7 +140,7 @@ class ExtractionSettings(_Settings):
     dataloader_num_workers: int = option(0, "processes that load images, for each process", least=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CallSettings(_Settings):
     """Arguments of a pipeline's call; None takes the model's own."""
 
@@ -159,6 +160,25 @@ class CallSettings(_Settings):
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(CallSettings)}
 
 
+@dataclass
+class SamplingSettings(CallSettings):
+    """Settings of [`~par_diffusers.sampling.sample.sample`]."""
+
+    model: str = option(MISSING, "pipeline folder, Hub repository or embedded model")
+    output: str = option(MISSING, "folder of the samples")
+    num_samples: int = option(50000, "images", least=1)
+    labels: tuple[str, ...] = option(
+        ("balanced",), "balanced (each class as often), random, or label names and class ids to take in turn"
+    )
+    seed: int = option(0, "of all images; image i is drawn from this and i alone", least=0)
+    image_size_eval: int | None = option(None, "resize to this side, as the published protocol (bicubic)", least=1)
+    batch_size: int = option(32, "images at a time, for each process", least=1)
+    shard_size: int = option(1000, "images of a shard", least=1)
+    dtype: str = option("float32", "of the backbone", ("float32", "float16", "bfloat16"))
+    png: bool = option(False, "write the images as PNG files too")
+    num_preview_images: int = option(64, "first images to show in preview.png, 0 for none", least=0)
+
+
 def add_options(parser: argparse.ArgumentParser, settings_type: type, config: bool = True) -> None:
     """Adds an option for each field, and --config."""
     if config:
@@ -173,7 +193,8 @@ def add_options(parser: argparse.ArgumentParser, settings_type: type, config: bo
         if kind is bool:
             options = {"default": argparse.SUPPRESS, "help": help, "action": argparse.BooleanOptionalAction}
         elif kind is tuple:
-            options |= {"type": int, "nargs": "+", "metavar": "N"}
+            text = _holds_text(settings_type, item.name)
+            options |= {"type": str if text else int, "nargs": "+", "metavar": "NAME" if text else "N"}
         elif options["choices"] is None:
             options |= {"type": kind, "metavar": {int: "N", float: "X", str: "PATH"}[kind]}
         parser.add_argument("--" + item.name.replace("_", "-"), **options)
@@ -233,13 +254,17 @@ def _value_type(settings_type: type, name: str) -> type:
     return tuple if get_args(kinds[0]) else kinds[0]
 
 
-def _checked(item: dataclasses.Field, kind: type, value: Any) -> Any:
+def _holds_text(settings_type: type, name: str) -> bool:
+    """Whether a tuple is one of text."""
+    return "str" in str(get_type_hints(settings_type)[name])
+
+
+def _checked(item: dataclasses.Field, kind: type, value: Any, text: bool = False) -> Any:
     if value is None and item.default is None:
         return None
     limits = item.metadata
-    allowed = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "whole numbers"}[
-        kind
-    ]
+    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "whole numbers"}
+    allowed = "a list of text" if text else kinds[kind]
     if limits["choices"] is not None:
         allowed = " or ".join(map(repr, limits["choices"]))
     elif limits["least"] is not None:
@@ -249,8 +274,9 @@ def _checked(item: dataclasses.Field, kind: type, value: Any) -> Any:
     wrong = ValueError(f"`{item.name}` must be {allowed}, got {value!r}.")
     try:
         if kind is tuple:
-            value = tuple(value)
-            fits = bool(value) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+            value = (value,) if isinstance(value, str) else tuple(value)
+            value = tuple(map(str, value)) if text else value
+            fits = bool(value) and (text or all(isinstance(v, int) and not isinstance(v, bool) for v in value))
         elif kind is float:
             fits = not isinstance(value, bool)
             value = float(value)  # YAML takes 1e-4 for text

@@ -74,7 +74,7 @@ def make_vqvae():
     return build_vqvae
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pipeline():
     return build_pipeline
 

@@ -4,6 +4,7 @@ import pytest
 
 from par_diffusers.settings import (
     ExtractionSettings,
+    SamplingSettings,
     TokenizerSettings,
     TrainingSettings,
     add_options,
@@ -74,6 +75,14 @@ def test_bad_lines_are_named(line, message, tmp_path):
     with pytest.raises(ValueError) as error:
         read(TrainingSettings, "--config", str(file), "--data", "codes", "--output", "out")
     assert message in str(error.value)
+
+
+def test_lists_of_text_are_read(tmp_path):
+    assert read(SamplingSettings, "--model", "m", "--output", "o", "--labels", "tench", "3").labels == ("tench", "3")
+    file = tmp_path / "run.yaml"
+    for line, labels in (("labels: random", ("random",)), ("labels: [tench, 3]", ("tench", "3"))):
+        file.write_text(line + "\nmodel: m\noutput: o\n")
+        assert read(SamplingSettings, "--config", str(file)).labels == labels
 
 
 def test_what_is_needed_is_asked_for():

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from par_diffusers.conversion.convert_llamagen import read_labels
+from par_diffusers.folders import lock_folder
 from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.codes import INDEX, encode, grid_size, load_vqvae, tokenizer_fingerprint
 from par_diffusers.training.images import UNREADABLE, ImageFolder, to_pixels
-from par_diffusers.training.run import lock_folder
 
 
 class _Images:

@@ -5,8 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from par_diffusers.folders import sync_folder
 from par_diffusers.settings import save_settings
 
 
@@ -59,29 +58,6 @@ def make_accelerator(settings) -> Accelerator:
         log_with=settings.report_to,
         project_dir=settings.output,
     )
-
-
-@contextmanager
-def lock_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Makes `folder` and holds it for this run; the lock goes with the process, however that ends."""
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        yield
-        return
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output` must be a folder, {folder} is a file.")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"`output` must not be in use by another run, {folder} is.") from None
-    try:
-        accelerator.wait_for_everyone()
-        yield
-    finally:
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 def optimizer_and_schedule(model: torch.nn.Module, settings, total_steps: int, warmup_steps: int):
@@ -228,7 +204,7 @@ class TrainingRun:
                     save_file(values, partial / STATE / f"{name}.safetensors")
                 text = json.dumps(state, indent=1) + "\n"
                 (partial / STATE / "trainer_state.json").write_text(text, encoding="utf-8")
-                _sync(partial)
+                sync_folder(partial)
                 os.rename(partial, final)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -271,7 +247,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             partial = self.folder / ".final.partial"
             export(partial)
-            _sync(partial)
+            sync_folder(partial)
             # model_index.json, which makes a folder a pipeline, comes last
             for file in sorted(partial.rglob("*"), key=lambda file: (file.is_file() and file.parent == partial, file)):
                 place = self.folder / file.relative_to(partial)
@@ -333,11 +309,3 @@ def _read_yaml(file: Path) -> dict:
     import yaml
 
     return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def _sync(folder: Path) -> None:
-    """Waits until the files of `folder` are on the disk: a rename must not get there before them."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from par_diffusers.analysis.heatmap import draw_heatmap
+from par_diffusers.folders import lock_folder
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.sampling.generate import generate, lay_out
@@ -25,7 +26,6 @@ from par_diffusers.training.codes import CodeDataset, load_vqvae
 from par_diffusers.training.run import (
     TrainingRun,
     gather_state,
-    lock_folder,
     make_accelerator,
     optimizer_and_schedule,
 )

@@ -12,6 +12,7 @@ from diffusers import VQModel
 from torch import nn
 from torch.utils.data import DataLoader
 
+from par_diffusers.folders import lock_folder
 from par_diffusers.sampling.generate import lay_out
 from par_diffusers.settings import TokenizerSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
@@ -20,7 +21,6 @@ from par_diffusers.training.images import ImageFolder, to_pixels
 from par_diffusers.training.run import (
     TrainingRun,
     gather_state,
-    lock_folder,
     make_accelerator,
     optimizer_and_schedule,
 )

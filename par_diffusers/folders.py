@@ -1,0 +1,40 @@
+"""Output folders that several processes and later runs share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def lock_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Makes `folder` and holds it for this run; the lock goes with the process, however that ends."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output` must be a folder, {folder} is a file.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"`output` must not be in use by another run, {folder} is.") from None
+    try:
+        accelerator.wait_for_everyone()
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the files of `folder` are on the disk: a rename must not get there before them."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())

@@ -1,0 +1,231 @@
+"""Bulk sampling: many images of a pipeline, each determined by the seed and its number alone."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import accelerate
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from diffusers.utils import make_image_grid
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from par_diffusers._version import __version__
+from par_diffusers.folders import lock_folder
+from par_diffusers.pipelines import PARPipeline
+from par_diffusers.settings import SamplingSettings
+
+
+MANIFEST = "manifest.json"
+# what may differ between a run and its continuation: it changes no image
+_FREE = ("output", "model", "batch_size", "png", "num_preview_images")
+
+
+def image_seed(seed: int, index: int, purpose: str = "tokens") -> int:
+    """A seed below 2**63 for one image."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{purpose}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def image_labels(pipe: PARPipeline, labels: tuple[str, ...], seed: int, indices: range) -> list[int]:
+    """Class ids of images: `("balanced",)`, `("random",)`, or names and ids that are taken in turn."""
+    classes = pipe.transformer.config.num_classes
+    if labels == ("balanced",):
+        return [index % classes for index in indices]
+    if labels == ("random",):
+        return [image_seed(seed, index, "label") % classes for index in indices]
+    names = [int(name) if name.isdecimal() and name not in pipe.labels else name for name in labels]
+    ids = pipe.prepare_class_labels(names)
+    return [ids[index % len(ids)] for index in indices]
+
+
+@torch.no_grad()
+def draw_images(pipe: PARPipeline, indices: range, labels: list[int], settings: SamplingSettings) -> torch.Tensor:
+    """The images of `indices`, uint8 (B, H, W, 3) on the CPU, converted as the published scripts do."""
+    generators = [torch.Generator(pipe.device).manual_seed(image_seed(settings.seed, i)) for i in indices]
+    tokens = pipe(labels, generator=generators, output_type="latent", **settings.call_arguments()).images
+    pixels = pipe.decode_latents(tokens).float()
+    if settings.image_size_eval is not None:
+        pixels = F.interpolate(pixels, size=(settings.image_size_eval,) * 2, mode="bicubic")
+    return (127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu()
+
+
+def sample(settings: SamplingSettings) -> Path:
+    """
+    Draws `num_samples` images and returns the folder `settings.output`.
+
+    The folder gets shards (`samples-00000.safetensors`: `images` uint8 (n, H, W, 3), `labels`), each whole as soon as it is
+    there, and at the end `samples.npz` as the ADM suite reads it (`arr_0` the images, `arr_1` the labels), and
+    `preview.png`. `manifest.json` says what was asked for, of which model, with which versions. Several processes
+    (accelerate) share the shards. Called again after an interruption, the function draws those that are missing.
+
+    Example:
+
+    ```py
+    >>> from par_diffusers.sampling.sample import sample
+    >>> from par_diffusers.settings import SamplingSettings
+
+    >>> sample(SamplingSettings(model="par-xl-4x", output="samples", image_size_eval=256))  # doctest: +SKIP
+    ```
+    """
+    accelerator = Accelerator()
+    dtype = {"transformer": getattr(torch, settings.dtype), "default": torch.float32}
+    pipe = PARPipeline.from_pretrained(settings.model, dtype=dtype).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    image_labels(pipe, settings.labels, settings.seed, range(1))  # an unknown label stops before the first image
+    pipe.scheduler.check_sampling(**_resolved(pipe, settings))
+    facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    facts |= _resolved(pipe, settings) | {"labels": list(settings.labels), "weights": _fingerprint(pipe)}
+    output = Path(settings.output)
+    starts = range(0, settings.num_samples, settings.shard_size)
+    ranges = [range(start, min(start + settings.shard_size, settings.num_samples)) for start in starts]
+    files = [output / f"samples-{number:05}.safetensors" for number in range(len(ranges))]
+    with lock_folder(output, accelerator):
+        if accelerator.is_main_process:
+            for partial in output.glob(".*.partial"):
+                partial.unlink()
+            _write_manifest(output, settings, facts)
+        accelerator.wait_for_everyone()
+        mine = list(zip(files, ranges, strict=True))[accelerator.process_index :: accelerator.num_processes]
+        missing = [(file, indices) for file, indices in mine if not file.exists()]
+        count = sum(len(indices) for _, indices in missing)
+        started = time.perf_counter()
+        bar = tqdm(total=count, unit="images", desc="sampling")
+        for file, indices in missing:
+            labels = image_labels(pipe, settings.labels, settings.seed, indices)
+            parts = []
+            for start in range(0, len(indices), settings.batch_size):
+                part = slice(start, start + settings.batch_size)
+                parts.append(draw_images(pipe, indices[part], labels[part], settings))
+                bar.update(len(parts[-1]))
+            partial = file.with_name(f".{file.name}.partial")
+            save_file({"images": torch.cat(parts), "labels": torch.tensor(labels)}, partial)
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, file)
+        bar.close()
+        seconds = time.perf_counter() - started
+        drawn = int(accelerator.reduce(torch.tensor(count, device=accelerator.device)))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _write_npz(output / "samples.npz", files)
+            if settings.num_preview_images:
+                _write_preview(output / "preview.png", files, settings.num_preview_images)
+            if settings.png:
+                _write_png(output / "png", files)
+            print(
+                f"{output}: {settings.num_samples} images, {drawn} of them now"
+                + (f", {drawn / seconds:.2f} images/s" if drawn else "")
+            )
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return output
+
+
+def _resolved(pipe: PARPipeline, settings: SamplingSettings) -> dict:
+    """What the pipeline's call will use."""
+    given = settings.call_arguments()
+    return {name: pipe.scheduler.config[name] if value is None else value for name, value in given.items()}
+
+
+def _fingerprint(pipe: PARPipeline) -> str:
+    """SHA-256 of backbone, tokenizer and plan."""
+    digest = hashlib.sha256()
+    plan = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    digest.update(json.dumps(plan, sort_keys=True).encode())
+    for component in (pipe.transformer, pipe.vqvae):
+        for name, tensor in sorted(component.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_manifest(output: Path, settings: SamplingSettings, facts: dict) -> None:
+    facts = json.loads(json.dumps(facts))
+    file = output / MANIFEST
+    if file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        other = [f"{n} ({earlier.get(n)!r}, now {facts[n]!r})" for n in facts if earlier.get(n) != facts[n]]
+        if other:
+            raise ValueError(
+                f"`output` must be new or hold the same sampling, {output} differs in {', '.join(other)}."
+            )
+        return
+    there = sorted(item.name for item in output.iterdir() if item.name != ".lock")
+    if there:
+        raise ValueError(f"`output` must be a new or empty folder, {output} has {there[0]}.")
+    versions = {module.__name__: module.__version__ for module in (accelerate, diffusers, torch, transformers)}
+    manifest = {
+        "model": settings.model,
+        "settings": facts,
+        "conversion": "(127.5 x + 128) clamped to 0..255 and cut to whole numbers"
+        + (", after F.interpolate(mode='bicubic') without antialias" if settings.image_size_eval else ""),
+        "versions": {"par_diffusers": __version__} | versions,
+    }
+    partial = file.with_name(f".{MANIFEST}.partial")
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _write_npz(file: Path, shards: list[Path]) -> None:
+    """`arr_0`, the images, and `arr_1`, the labels, one shard in memory at a time."""
+    if file.is_file():
+        return
+    counts, image_shape = [], None
+    for shard in shards:
+        with safe_open(shard, "pt") as tensors:
+            count, *image_shape = tensors.get_slice("images").get_shape()
+            counts.append(count)
+    partial = file.with_name(f".{file.name}.partial")
+    arrays = {"arr_0": ("images", "|u1", tuple(image_shape)), "arr_1": ("labels", "<i8", ())}
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for name, (key, descr, shape) in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                header = {"descr": descr, "fortran_order": False, "shape": (sum(counts), *shape)}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for shard in shards:
+                    stream.write(load_file(shard)[key].numpy().tobytes())
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)
+
+
+def _first_images(shards: list[Path], count: int) -> list[Image.Image]:
+    images = []
+    for shard in shards:
+        with safe_open(shard, "pt") as tensors:
+            images += [Image.fromarray(i.numpy()) for i in tensors.get_slice("images")[: count - len(images)]]
+        if len(images) == count:
+            break
+    return images
+
+
+def _write_preview(file: Path, shards: list[Path], count: int) -> None:
+    images = _first_images(shards, count)
+    columns = max(1, round(len(images) ** 0.5))
+    rows = len(images) // columns
+    make_image_grid(images[: rows * columns], rows=rows, cols=columns).save(file)
+
+
+def _write_png(folder: Path, shards: list[Path]) -> None:
+    """One file an image, `000000.png`, ...; those that are there are whole."""
+    folder.mkdir(exist_ok=True)
+    index = 0
+    for shard in shards:
+        for image in load_file(shard)["images"].numpy():
+            file = folder / f"{index:06}.png"
+            if not file.exists():
+                partial = file.with_name(f".{file.name}.partial")
+                Image.fromarray(image).save(partial, format="PNG")
+                os.replace(partial, file)
+            index += 1
