@@ -17,15 +17,15 @@ from par_diffusers.pipelines import PARPipeline
 from par_diffusers.training.images import ImageFolder, to_pixels
 
 
-def load_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of a folder of classes, uint8 (N, 3, H, W) at the size of the first, and class ids (N,)."""
+def load_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """All images of a folder of classes, uint8 (N, 3, H, W) at the size of the first, class ids (N,) and class names."""
     images = ImageFolder(folder, image_size=1)
     with Image.open(images.folder / images.files[0]) as first:
         images.image_size = min(first.size)
     pixels = torch.empty(len(images), 3, images.image_size, images.image_size, dtype=torch.uint8)
     for index in range(len(images)):
         pixels[index] = images[index, 0]
-    return pixels, torch.tensor(images.labels)
+    return pixels, torch.tensor(images.labels), images.classes
 
 
 def build_judge(num_classes: int) -> nn.Module:
@@ -74,18 +74,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    judge = train_judge(*load_folder(args.data / "train"), seed=args.seed)
-    held_out, labels = load_folder(args.data / "validation")
-    real = accuracy(judge, to_pixels(held_out), labels)
+    pixels, labels, classes = load_folder(args.data / "train")
+    judge = train_judge(pixels, labels, seed=args.seed)
+    pixels, labels, _ = load_folder(args.data / "validation")
+    real = accuracy(judge, to_pixels(pixels), labels)
     print(f"real glyphs of held-out fonts: {real:.4f} of {len(labels)}", flush=True)
+    labels = torch.arange(len(classes)).repeat_interleave(args.images_per_class)
     for folder in args.model:
         pipe = PARPipeline.from_pretrained(folder, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         for scale in args.guidance_scale or [pipe.scheduler.config.guidance_scale]:
-            labels = torch.arange(pipe.transformer.config.num_classes).repeat_interleave(args.images_per_class)
             generator = torch.Generator().manual_seed(args.seed)
             images = [
-                pipe(batch, guidance_scale=scale, generator=generator, output_type="pt").images
+                pipe([classes[i] for i in batch], guidance_scale=scale, generator=generator, output_type="pt").images
                 for batch in labels.split(120)
             ]
             share = accuracy(judge, torch.cat(images).float() * 2 - 1, labels)

@@ -27,6 +27,6 @@ def test_a_folder_is_loaded_at_the_size_of_its_images(tmp_path):
     for number, name in enumerate("abba"):
         (tmp_path / name).mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
-    pixels, labels = load_folder(tmp_path)
+    pixels, labels, classes = load_folder(tmp_path)
     assert pixels.shape == (4, 3, 20, 20) and pixels[:, 0, 0, 0].tolist() == [0, 3, 1, 2]
-    assert labels.tolist() == [0, 0, 1, 1]
+    assert labels.tolist() == [0, 0, 1, 1] and classes == ["a", "b"]
