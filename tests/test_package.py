@@ -9,6 +9,7 @@ import pytest
 
 import par_diffusers
 from par_diffusers import PARForConditionalGeneration, PARPipeline, PARScheduler, embedded_model
+from par_diffusers.training.codes import load_vqvae
 
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +79,12 @@ def test_embedded_model_is_small_half_precision_and_named():
     assert str(pipe.transformer.dtype) == "torch.float16"
     assert sorted(pipe.labels) == sorted("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
     assert pipe.scheduler.num_inference_steps == 39
+
+
+def test_embedded_tokenizer_is_small_and_has_codes_of_unit_norm():
+    folder = embedded_model("glyphs-tokenizer")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
+    vqvae = load_vqvae(folder)
+    norms = vqvae.quantize.embedding.weight.norm(dim=1)
+    assert vqvae.config.num_vq_embeddings == 512 and (norms - 1).abs().max() < 1e-3
+    assert "_name_or_path" not in (folder / "config.json").read_text()

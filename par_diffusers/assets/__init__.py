@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def embedded_model(name: str) -> Path:
-    """Pipeline folder of an embedded model, for `PARPipeline.from_pretrained`.
+    """Folder of an embedded model: a pipeline, for `PARPipeline.from_pretrained`, or a tokenizer, for `VQModel.from_pretrained`.
 
     ```py
     >>> from par_diffusers import embedded_model
@@ -13,9 +13,8 @@ def embedded_model(name: str) -> Path:
     'par-glyphs-4x'
     ```
     """
-    names = sorted(
-        folder.name for folder in Path(__file__).parent.iterdir() if (folder / "model_index.json").is_file()
-    )
+    folders = [file.parent for file in Path(__file__).parent.glob("*/*.json")]
+    names = sorted({folder.name for folder in folders})
     if name not in names:
         raise ValueError(f"`name` must be an embedded model, one of {names}, got {name!r}.")
     return Path(__file__).parent / name
