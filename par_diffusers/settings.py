@@ -68,6 +68,9 @@ class TrainingSettings(_RunSettings):
     data: str = option(MISSING, "folder of codes made by extract-codes, or in LlamaGen's layout (codes/, labels/)")
     vqvae: str | None = option(None, "tokenizer of the codes: pipeline folder, VQModel folder or embedded model")
     model: str | None = option(None, "pipeline folder whose backbone training starts from (default: from scratch)")
+    labels: str | None = option(
+        None, "label names in the order of class ids: JSON, or one a line (default: the classes of the data)"
+    )
     num_parallel_tokens: int | None = option(None, "tokens of a parallel step (default: 4)", least=1)
     order: str | None = option(None, "token order (default: region)", ("region", "raster"))
     region_grid: tuple[int, ...] | None = option(

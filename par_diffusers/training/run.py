@@ -45,6 +45,7 @@ _FREE = {
     "data",  # its content is compared, not its path
     "vqvae",
     "model",
+    "labels",
 }
 
 

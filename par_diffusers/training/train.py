@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from par_diffusers.analysis.heatmap import draw_heatmap
+from par_diffusers.conversion.convert_llamagen import read_labels
 from par_diffusers.folders import lock_folder
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
@@ -147,8 +148,7 @@ def build_model(
             **sizes,
             **dropouts,
         )
-        model = PARForConditionalGeneration(config)
-        return model, scheduler, {str(i): name for i, name in enumerate(dataset.classes)}
+        return PARForConditionalGeneration(config), scheduler, _read_labels(settings, dataset, config)
 
     if sizes:
         raise ValueError(f"`{next(iter(sizes))}` must not be given together with `model`, whose backbone has its own.")
@@ -167,9 +167,16 @@ def build_model(
     for name, value in dropouts.items():
         setattr(config, name, value)
     labels = pipe.config.id2label
-    if labels is None and dataset.classes is not None:
-        labels = {str(i): name for i, name in enumerate(dataset.classes)}
+    if labels is None or settings.labels is not None:
+        labels = _read_labels(settings, dataset, config)
     return with_learnable_tokens(pipe.transformer, scheduler.num_learnable_tokens), scheduler, labels
+
+
+def _read_labels(settings: TrainingSettings, dataset: CodeDataset, config: PARConfig) -> dict[str, str] | None:
+    """`id2label`: of the file given, or the classes of the data where those have names."""
+    if settings.labels is not None:
+        return read_labels(settings.labels, config.num_classes)
+    return None if dataset.classes is None else {str(i): name for i, name in enumerate(dataset.classes)}
 
 
 def with_learnable_tokens(

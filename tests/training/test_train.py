@@ -132,6 +132,15 @@ def test_the_validation_loss_is_that_of_the_model_without_dropout(codes, vqvae_f
     assert (each - expected).abs().max() < 1e-5
 
 
+def test_labels_can_have_other_names_than_the_folders(tiny, tmp_path):
+    (tmp_path / "labels.txt").write_text("sky\ngrass\nrose\n")
+    settings = {**tiny, "labels": tmp_path / "labels.txt", "max_train_steps": 1, "output": tmp_path / "out"}
+    assert PARPipeline.from_pretrained(train(TrainingSettings(**settings))).labels["grass"] == 1
+    (tmp_path / "labels.txt").write_text("sky\n")
+    with pytest.raises(ValueError, match="`labels`: .* must name the classes 0 to 2"):
+        train(TrainingSettings(**settings | {"output": tmp_path / "other"}))
+
+
 def test_weights_that_are_averaged_are_what_is_saved(tiny, tmp_path):
     settings = {**tiny, "max_train_steps": 12, "checkpointing_steps": 12}
     plain = train(TrainingSettings(**settings, output=tmp_path / "plain"))
