@@ -114,7 +114,7 @@ def _check_same(output: Path, files: list[Path], facts: dict) -> None:
     """Shards that are there already must be those that would be written."""
     for file in sorted(output.glob("codes-*.safetensors")):
         with safe_open(file, "pt") as shard:
-            theirs = json.loads(shard.metadata()["facts"])
+            theirs = json.loads(shard.metadata()["extraction"])
         other = [name for name in facts if facts[name] != theirs.get(name)]
         if other or file not in files:
             raise ValueError(
@@ -151,7 +151,8 @@ def _write_shard(file, images, indices, vqvae, grid, facts, settings, bar) -> No
         bar.update(len(batch))
     tensors = {"codes": codes[: len(labels)].contiguous(), "labels": torch.tensor(labels, dtype=torch.int32)}
     partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, {"facts": json.dumps(facts), "skipped": json.dumps(skipped)})
+    # one entry: safetensors writes several in an order of its own, and the same shard would not be the same bytes
+    save_file(tensors, partial, {"extraction": json.dumps(facts | {"skipped": skipped})})
     with open(partial, "rb") as written:
         os.fsync(written.fileno())
     os.replace(partial, file)
@@ -162,7 +163,7 @@ def _write_index(output: Path, files: list[Path], facts: dict) -> dict:
     for file in files:
         with safe_open(file, "pt") as shard:
             shards.append({"file": file.name, "num_images": shard.get_slice("labels").get_shape()[0]})
-            skipped += json.loads(shard.metadata()["skipped"])
+            skipped += json.loads(shard.metadata()["extraction"])["skipped"]
     if not any(shard["num_images"] for shard in shards):
         raise ValueError(f"`data` must hold images that can be read, none of {len(skipped)} can.")
     index = facts | {"shards": shards, "skipped": skipped}
