@@ -32,6 +32,13 @@ def lock_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         (folder / ".lock").unlink(missing_ok=True)
 
 
+def publish(partial: Path, file: Path) -> None:
+    """Gives a file that is written its name, once it is on the disk."""
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the files of `folder` are on the disk: a rename must not get there before them."""
     for file in folder.rglob("*"):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from par_diffusers._version import __version__
-from par_diffusers.folders import lock_folder
+from par_diffusers.folders import lock_folder, publish
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.settings import SamplingSettings
 
@@ -110,9 +110,7 @@ def sample(settings: SamplingSettings) -> Path:
                 bar.update(len(parts[-1]))
             partial = file.with_name(f".{file.name}.partial")
             save_file({"images": torch.cat(parts), "labels": torch.tensor(labels)}, partial)
-            with open(partial, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, file)
+            publish(partial, file)
         bar.close()
         seconds = time.perf_counter() - started
         drawn = int(accelerator.reduce(torch.tensor(count, device=accelerator.device)))
@@ -195,9 +193,7 @@ def _write_npz(file: Path, shards: list[Path]) -> None:
                 np.lib.format.write_array_header_1_0(stream, header)
                 for shard in shards:
                     stream.write(load_file(shard)[key].numpy().tobytes())
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, file)
+    publish(partial, file)
 
 
 def _first_images(shards: list[Path], count: int) -> list[Image.Image]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from par_diffusers.conversion.convert_llamagen import read_labels
-from par_diffusers.folders import lock_folder
+from par_diffusers.folders import lock_folder, publish
 from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.codes import INDEX, encode, grid_size, load_vqvae, tokenizer_fingerprint
 from par_diffusers.training.images import UNREADABLE, ImageFolder, to_pixels
@@ -153,9 +153,7 @@ def _write_shard(file, images, indices, vqvae, grid, facts, settings, bar) -> No
     partial = file.with_name(f".{file.name}.partial")
     # one entry: safetensors writes several in an order of its own, and the same shard would not be the same bytes
     save_file(tensors, partial, {"extraction": json.dumps(facts | {"skipped": skipped})})
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, file)
+    publish(partial, file)
 
 
 def _write_index(output: Path, files: list[Path], facts: dict) -> dict:
