@@ -12,6 +12,8 @@ from pathlib import Path
 from par_diffusers._version import __version__
 from par_diffusers.settings import (
     CallSettings,
+    EntropySettings,
+    EvaluationSettings,
     ExtractionSettings,
     SamplingSettings,
     TokenizerSettings,
@@ -153,6 +155,34 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
     sample(settings)
 
 
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="FID, Inception score, precision and recall",
+        description="Compares images, or videos, with others. Prints and stores what exactly was compared.",
+        epilog="""examples:
+  par-diffusers evaluate --samples samples --reference VIRTUAL_imagenet256_labeled.npz \\
+      --extractor inception-2015-12-05.pt --output fid.json
+  par-diffusers evaluate --samples glyph-samples --reference glyphs/validation --extractor glyphs-judge
+  par-diffusers evaluate --samples imagenet/val --image-size 256 --extractor inception-2015-12-05.pt \\
+      --metrics inception-score --save-statistics val-256.npz""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, EvaluationSettings)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = read_settings(EvaluationSettings, args)
+    import importlib.util
+
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise ValueError("torchmetrics is needed: pip install 'par_diffusers[evaluation]'.")
+    from par_diffusers.evaluation.evaluate import describe_result, evaluate
+
+    print(describe_result(evaluate(settings)))
+
+
 def _add_convert(commands) -> None:
     parser = commands.add_parser(
         "convert",
@@ -237,6 +267,28 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     if args.output is not None:
         save_image(draw_plan(scheduler), args.output)
         print(f"drawn: {args.output}")
+
+
+def _add_entropy(commands) -> None:
+    parser = commands.add_parser(
+        "entropy",
+        help="how much tokens depend on each other",
+        description="The paper's dependency analysis: conditional entropies of the codebook vectors of codes.",
+        epilog="""examples:
+  par-diffusers entropy --data codes --vqvae par-xl-4x --output entropy
+  par-diffusers entropy --data glyphs-codes-train --vqvae glyphs-tokenizer --num-parallel-tokens 16 --output entropy""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, EntropySettings)
+    parser.set_defaults(run=_entropy)
+
+
+def _entropy(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = read_settings(EntropySettings, args)
+    from par_diffusers.analysis.entropy import describe_entropy, entropy
+
+    settings.vqvae = str(_model_source(settings.vqvae))
+    print(describe_entropy(entropy(settings)))
 
 
 def _add_extract_codes(commands) -> None:
@@ -361,8 +413,10 @@ def main(argv: list[str] | None = None) -> None:
     adders = (
         _add_generate,
         _add_sample,
+        _add_evaluate,
         _add_convert,
         _add_plan,
+        _add_entropy,
         _add_extract_codes,
         _add_train,
         _add_train_tokenizer,

@@ -94,6 +94,11 @@ class TrainingSettings(_RunSettings):
         None, "decay of the average of the weights that is saved (default: none)", above=0
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    attn_implementation: str = option(
+        "sdpa",
+        "attention of transformers to train with (eager is faster on a CPU)",
+        ("sdpa", "eager", "flex_attention"),
+    )
     compile: bool = option(False, "compile the layers with torch.compile")
     num_validation_images: int = option(16, "images of the sample grid at each validation, 0 for none", least=0)
     peak_tflops: float | None = option(
@@ -182,6 +187,45 @@ class SamplingSettings(CallSettings):
     num_preview_images: int = option(64, "first images to show in preview.png, 0 for none", least=0)
 
 
+@dataclass
+class EvaluationSettings(_Settings):
+    """Settings of [`~par_diffusers.evaluation.evaluate.evaluate`]."""
+
+    samples: str = option(MISSING, "what is measured: .npz, folder made by sample, or image folder")
+    extractor: str = option(
+        MISSING, "network of the features: TorchScript file (Inception, I3D, any), or glyphs-judge"
+    )
+    reference: str | None = option(
+        None, "what it is compared with: the same kinds, or .npz with mu and sigma (default: nothing)"
+    )
+    metrics: tuple[str, ...] | None = option(
+        None,
+        "what to compute (default: all that can be)",
+        ("frechet", "inception-score", "precision-recall", "accuracy"),
+    )
+    image_size: int | None = option(
+        None, "side of the centre crop of the images of an image folder (default: as they are)", least=1
+    )
+    batch_size: int = option(64, "images at a time", least=1)
+    device: str | None = option(None, "as torch names it (default: an accelerator where there is one, else cpu)")
+    output: str | None = option(None, "JSON file of the result")
+    save_statistics: str | None = option(None, ".npz file for mu and sigma of the samples, to be a reference later")
+
+
+@dataclass
+class EntropySettings(_Settings):
+    """Settings of [`~par_diffusers.analysis.entropy.entropy`]."""
+
+    data: str = option(MISSING, "folder of codes made by extract-codes, or in LlamaGen's layout (codes/, labels/)")
+    vqvae: str = option(MISSING, "tokenizer of the codes: pipeline folder, VQModel folder or embedded model")
+    output: str = option(MISSING, "folder of the pictures and numbers")
+    num_samples: int = option(10000, "images, drawn at random", least=4)
+    num_parallel_tokens: int = option(4, "tokens of a parallel step", least=2)
+    held_out: float = option(0.2, "share of the images that residuals are measured on, below 1", above=0)
+    ridge: float = option(1e-3, "penalty of the regression, in units of the mean variance", above=0)
+    seed: int = option(0, "of the choice of images", least=0)
+
+
 def add_options(parser: argparse.ArgumentParser, settings_type: type, config: bool = True) -> None:
     """Adds an option for each field, and --config."""
     if config:
@@ -197,7 +241,9 @@ def add_options(parser: argparse.ArgumentParser, settings_type: type, config: bo
             options = {"default": argparse.SUPPRESS, "help": help, "action": argparse.BooleanOptionalAction}
         elif kind is tuple:
             text = _holds_text(settings_type, item.name)
-            options |= {"type": str if text else int, "nargs": "+", "metavar": "NAME" if text else "N"}
+            options |= {"type": str if text else int, "nargs": "+"}
+            if options["choices"] is None:
+                options["metavar"] = "NAME" if text else "N"
         elif options["choices"] is None:
             options |= {"type": kind, "metavar": {int: "N", float: "X", str: "PATH"}[kind]}
         parser.add_argument("--" + item.name.replace("_", "-"), **options)
@@ -290,7 +336,7 @@ def _checked(item: dataclasses.Field, kind: type, value: Any, text: bool = False
     except (TypeError, ValueError):
         raise wrong from None
     if fits and limits["choices"] is not None:
-        fits = value in limits["choices"]
+        fits = all(each in limits["choices"] for each in (value if kind is tuple else (value,)))
     if fits and kind in (int, float, tuple):
         numbers = value if kind is tuple else (value,)
         if limits["least"] is not None:

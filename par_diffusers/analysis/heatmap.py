@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 def draw_heatmap(values: torch.Tensor, cell: int = 28) -> Image.Image:
     """
-    `values`, (h, w) or (frames, h, w), as coloured cells, light for the smallest to dark for the largest, with a scale.
+    `values`, (h, w) or (frames, h, w), as coloured cells, light for the smallest to dark for the largest, white for NaN, with a
+    scale.
 
     Example:
 
@@ -20,7 +21,8 @@ def draw_heatmap(values: torch.Tensor, cell: int = 28) -> Image.Image:
     ```
     """
     planes = values.reshape(-1, *values.shape[-2:]).tolist()
-    low, high = values.min().item(), values.max().item()
+    known = values[~values.isnan()]
+    low, high = known.min().item(), known.max().item()
     height, width = values.shape[-2:]
     gap, scale = 12, 34
     columns = math.ceil(math.sqrt(len(planes)))
@@ -46,6 +48,8 @@ def draw_heatmap(values: torch.Tensor, cell: int = 28) -> Image.Image:
 
 
 def _shade(value: float, low: float, high: float) -> tuple[int, int, int]:
+    if math.isnan(value):
+        return 255, 255, 255
     share = (value - low) / (high - low) if high > low else 0.0
     light, dark = (253, 243, 222), (120, 20, 60)
     return tuple(round(a + (b - a) * share) for a, b in zip(light, dark, strict=True))

@@ -49,6 +49,11 @@ def make_views(image: Image.Image, image_size: int, augmentation: str, crop_rang
     return torch.stack(crops, dim=1).flatten(0, 1)
 
 
+def list_images(folder: Path) -> list[Path]:
+    """All image files in `folder` and its folders, by their names, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+
+
 class ImageFolder(Dataset):
     """
     Images with classes, sorted by name: `folder/class name/.../image`, or flat with `metadata.csv` (or `metadata.jsonl`)
@@ -77,11 +82,8 @@ class ImageFolder(Dataset):
             raise ValueError(f"`data` must be an image folder, got {folder}.")
         named = _read_metadata(self.folder)
         if named is None:
-            named = [
-                (file.relative_to(self.folder).as_posix(), file.relative_to(self.folder).parts[0])
-                for file in self.folder.rglob("*")
-                if file.suffix.lower() in _SUFFIXES and file.parent != self.folder
-            ]
+            files = [file.relative_to(self.folder) for file in list_images(self.folder) if file.parent != self.folder]
+            named = [(file.as_posix(), file.parts[0]) for file in files]
         if not named:
             raise ValueError(
                 f"`data` must hold images, in a folder for each class or listed in metadata.csv with file_name and label; "

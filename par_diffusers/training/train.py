@@ -254,6 +254,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
     settings, accelerator = run.settings, run.accelerator
     device, config = accelerator.device, model.config
     vocab_size = config.vocab_size
+    model.set_attn_implementation(settings.attn_implementation)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if settings.compile:

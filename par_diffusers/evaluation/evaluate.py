@@ -1,0 +1,250 @@
+"""Compares generated images with real ones, and says what exactly was compared."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchmetrics
+from accelerate.utils import tqdm
+from torch import nn
+
+from par_diffusers._version import __version__
+from par_diffusers.evaluation.extractors import Extractor, load_extractor, module_extractor
+from par_diffusers.evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
+from par_diffusers.evaluation.sources import Source, open_source
+from par_diffusers.folders import publish
+from par_diffusers.settings import EvaluationSettings
+
+
+_NEIGHBORS = 3
+# images that FID is quoted for: it falls with their number
+_USUAL_COUNT = 50000
+
+
+def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> dict:
+    """
+    Measures `settings.samples`, against `settings.reference` where there is one.
+
+    Metrics: the Fréchet distance (FID with Inception's features, FVD with I3D's), the Inception score, improved precision
+    and recall, and with the glyph judge the share of images that it names as their labels say. A reference that has `mu`
+    and `sigma` is compared by them in the Fréchet distance, as in the ADM suite, and by its images in the rest.
+
+    Args:
+        settings (`EvaluationSettings`): See there.
+        network (`torch.nn.Module`, *optional*):
+            Feature extractor as torchmetrics takes it, images uint8 (B, 3, H, W) -> features (B, D); `settings.extractor`
+            is then its name.
+
+    Returns:
+        `dict`: `metrics`, what was compared with what (names, SHA-256, counts, sizes), `warnings` and `versions`.
+
+    Example:
+
+    ```py
+    >>> from par_diffusers.evaluation.evaluate import evaluate
+    >>> from par_diffusers.settings import EvaluationSettings
+
+    >>> settings = EvaluationSettings("samples", "inception-2015-12-05.pt", "VIRTUAL_imagenet256_labeled.npz")
+    >>> evaluate(settings)["metrics"]["fid"]  # doctest: +SKIP
+    ```
+    """
+    for name in ("output", "save_statistics"):
+        file = getattr(settings, name)
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"`{name}` must be a file in a folder that exists, got {file}.")
+    device = settings.device or (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    )
+    if network is None:
+        extractor = load_extractor(settings.extractor, device)
+    else:
+        extractor = module_extractor(network.eval().to(device), settings.extractor)
+    samples = open_source(settings.samples, settings.image_size)
+    reference = None if settings.reference is None else open_source(settings.reference, settings.image_size)
+    metrics = _choose_metrics(settings, extractor, samples, reference, device)
+
+    features, logits = _extract(extractor, samples, settings.batch_size, device, "samples")
+    if settings.save_statistics is not None:
+        _save_statistics(Path(settings.save_statistics), features, extractor)
+    real = real_logits = None
+    by_images = {"precision-recall", "accuracy"} | (
+        {"frechet"} if reference and reference.statistics is None else set()
+    )
+    if reference and reference.shape and by_images & set(metrics):
+        real, real_logits = _extract(extractor, reference, settings.batch_size, device, "reference")
+    result = {}
+    if "frechet" in metrics:
+        result[extractor.distance] = frechet_distance(features, reference.moments or real)
+    if "inception-score" in metrics:
+        result["inception_score"], result["inception_score_deviation"] = inception_score(logits)
+    if "precision-recall" in metrics:
+        result["precision"], result["recall"] = precision_recall(features.to(device), real.to(device), _NEIGHBORS)
+    if "accuracy" in metrics:
+        result["accuracy"] = _share_named(logits, samples.labels)
+        if reference and reference.labels is not None:
+            result["reference_accuracy"] = _share_named(real_logits, reference.labels)
+
+    facts = {
+        "metrics": result,
+        "samples": samples.describe(),
+        "reference": None if reference is None else reference.describe(),
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256, "num_features": features.shape[1]},
+        "neighbors": _NEIGHBORS,
+        "versions": {
+            "par_diffusers": __version__,
+            "torch": torch.__version__,
+            "torchmetrics": torchmetrics.__version__,
+        },
+    }
+    facts["warnings"] = _find_traps(facts, extractor, samples, reference)
+    if settings.output is not None:
+        file = Path(settings.output)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    return facts
+
+
+def _choose_metrics(
+    settings: EvaluationSettings, extractor: Extractor, samples: Source, reference: Source | None, device
+) -> list[str]:
+    """The metrics asked for, or all that can be; raises for what cannot be, before the features are made."""
+    if not samples.shape:
+        raise ValueError(f"`samples` must hold images, {samples.path} has statistics alone.")
+    for side in (samples, reference):
+        if side is not None and side.shape:
+            _check_shape(extractor, side)
+    with torch.inference_mode():
+        features, logits = extractor.run(next(samples.batches(2)).to(device))
+    width = features.shape[1]
+    lacking = {
+        "frechet": reference is None and "a `reference`",
+        "inception-score": logits is None and f"class scores, which {extractor.name} does not give",
+        "precision-recall": (reference is None or not reference.shape) and "a `reference` with images",
+        "accuracy": not (extractor.judges and samples.labels is not None)
+        and "the glyph judge as `extractor` and `samples` with labels",
+    }
+    for name in settings.metrics or ():
+        if lacking[name]:
+            raise ValueError(f"`metrics`: {name} needs {lacking[name]}.")
+    chosen = list(settings.metrics or (name for name in lacking if not lacking[name]))
+    if not chosen and settings.save_statistics is None:
+        raise ValueError("`reference` must be given: without one there is nothing that this extractor can measure.")
+    if "frechet" in chosen or settings.save_statistics is not None:
+        by_images = [reference] if "frechet" in chosen and reference.statistics is None else []
+        for side in [samples, *by_images]:
+            if len(side) <= width:
+                raise ValueError(
+                    f"{side.path} must hold more images than the features have dimensions, {width}; it has {len(side)}."
+                )
+    if "frechet" in chosen and reference.statistics is not None:
+        found = len(reference.statistics["mu"])
+        if found != width:
+            raise ValueError(
+                f"`reference` must have statistics of the network asked for, {extractor.name} gives {width} features and "
+                f"{reference.path} is of {found}."
+            )
+        made_with = str(reference.statistics.get("extractor", extractor.sha256))
+        if made_with != extractor.sha256:
+            raise ValueError(
+                f"`reference` must have statistics of the network asked for, {extractor.name} "
+                f"({extractor.sha256[:12]}), {reference.path} is of another ({made_with[:12]})."
+            )
+    for side in (samples, reference) if "precision-recall" in chosen else ():
+        if len(side) <= _NEIGHBORS:
+            raise ValueError(f"{side.path} must hold more than {_NEIGHBORS} images, it has {len(side)}.")
+    return chosen
+
+
+def _check_shape(extractor: Extractor, side: Source) -> None:
+    if side.is_video != extractor.of_videos:
+        kinds = ("images", "videos")
+        raise ValueError(
+            f"`extractor` must be a network of {kinds[side.is_video]} for {side.path}, {extractor.name} is one of "
+            f"{kinds[extractor.of_videos]}."
+        )
+    if extractor.image_size is not None and set(side.shape[-3:-1]) != {extractor.image_size}:
+        raise ValueError(
+            f"{extractor.name} takes images of {extractor.image_size} pixels a side, {side.path} has "
+            f"{side.shape[-2]} x {side.shape[-3]}."
+        )
+
+
+@torch.inference_mode()
+def _extract(
+    extractor: Extractor, side: Source, batch_size: int, device, name: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features float32 (N, D) and logits (N, classes) of all images, on the CPU."""
+    features, logits, start = None, None, 0
+    with tqdm(total=len(side), unit="images", desc=name) as bar:
+        for images in side.batches(batch_size):
+            found, scores = extractor.run(images.to(device))
+            if features is None:
+                features = torch.empty(len(side), found.shape[1])
+                logits = None if scores is None else torch.empty(len(side), scores.shape[1])
+            part = slice(start, start + len(images))
+            features[part] = found.float()
+            if scores is not None:
+                logits[part] = scores.float()
+            start = part.stop
+            bar.update(len(images))
+    return features, logits
+
+
+def _share_named(logits: torch.Tensor, labels: torch.LongTensor) -> float:
+    return (logits.argmax(-1) == labels).double().mean().item()
+
+
+def _save_statistics(file: Path, features: torch.Tensor, extractor: Extractor) -> None:
+    mean, covariance = statistics(features)
+    partial = file.with_name(f".{file.name}.partial")
+    with open(partial, "wb") as stream:
+        np.savez(stream, mu=mean.numpy(), sigma=covariance.numpy(), extractor=extractor.sha256, count=len(features))
+    publish(partial, file)
+
+
+def _find_traps(facts: dict, extractor: Extractor, samples: Source, reference: Source | None) -> list[str]:
+    """What makes the figures other than those they will be compared with."""
+    traps = []
+    if extractor.distance in facts["metrics"] and len(samples) < _USUAL_COUNT:
+        traps.append(
+            f"{len(samples)} samples: the Fréchet distance falls with their number, published ones are of {_USUAL_COUNT}."
+        )
+    if reference is None:
+        return traps
+    if facts["samples"]["sha256"] == facts["reference"]["sha256"]:
+        traps.append("samples and reference are the same.")
+    if reference.shape and samples.shape[1:] != reference.shape[1:]:
+        sizes = [" x ".join(map(str, side.shape[1:-1])) for side in (samples, reference)]
+        traps.append(f"samples are of {sizes[0]} pixels, the reference of {sizes[1]}: resizing changes the features.")
+    if reference.kind == "samples":
+        traps.append("the reference was made by `sample`: these are no real images.")
+    if reference.statistics is not None and "extractor" not in reference.statistics:
+        traps.append(
+            f"mu and sigma of {reference.path.name} do not say which network made them (those of the ADM suite: Inception)."
+        )
+    if extractor.distance == "fid" and reference.statistics is None:
+        traps.append(
+            f"{reference.path.name} has no mu and sigma: those of its {len(reference)} images are used, where the ADM files "
+            "have those of the whole training set."
+        )
+    if samples.labels is not None and reference.labels is not None:
+        ours, theirs = (len(side.labels.unique()) for side in (samples, reference))
+        if ours != theirs:
+            traps.append(f"samples are of {ours} classes, the reference is of {theirs}.")
+    return traps
+
+
+def describe_result(facts: dict) -> str:
+    """A result as lines of text."""
+    lines = [f"{name.replace('_', ' ')}: {value:.4f}" for name, value in facts["metrics"].items()]
+    for side in ("samples", "reference"):
+        if facts[side] is not None:
+            shape = " x ".join(map(str, facts[side].get("shape", ["mu and sigma"])[:-1] or ["mu and sigma"]))
+            lines.append(
+                f"{side}: {facts[side]['name']}, {facts[side]['count']} of {shape}, {facts[side]['sha256'][:16]}"
+            )
+    lines.append(f"extractor: {facts['extractor']['name']}, {facts['extractor']['sha256'][:16]}")
+    return "\n".join([*lines, *(f"warning: {line}" for line in facts["warnings"])])
