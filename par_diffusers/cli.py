@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _model_source(name: str) -> str | Path:
+def model_source(name: str) -> str | Path:
     """A folder or Hub repository as it is; anything else names an embedded model."""
     from par_diffusers.assets import embedded_model
 
@@ -111,7 +111,7 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"transformer": getattr(torch, args.dtype), "default": torch.float32}
-    pipe = PARPipeline.from_pretrained(_model_source(args.model), dtype=dtype).to(device)
+    pipe = PARPipeline.from_pretrained(model_source(args.model), dtype=dtype).to(device)
     if args.text is not None:
         labels = spell(pipe, args.text)
     else:
@@ -151,7 +151,7 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    settings.model = str(_model_source(settings.model))
+    settings.model = str(model_source(settings.model))
     sample(settings)
 
 
@@ -262,7 +262,7 @@ def _plan(args: argparse.Namespace, argv: list[str]) -> None:
     if args.model is None:
         scheduler = PARScheduler(**options)
     else:
-        scheduler = PARScheduler.from_pretrained(_model_source(args.model), subfolder="scheduler", **options)
+        scheduler = PARScheduler.from_pretrained(model_source(args.model), subfolder="scheduler", **options)
     print(describe_plan(scheduler))
     if args.output is not None:
         save_image(draw_plan(scheduler), args.output)
@@ -287,7 +287,7 @@ def _entropy(args: argparse.Namespace, argv: list[str]) -> None:
     settings = read_settings(EntropySettings, args)
     from par_diffusers.analysis.entropy import describe_entropy, entropy
 
-    settings.vqvae = str(_model_source(settings.vqvae))
+    settings.vqvae = str(model_source(settings.vqvae))
     print(describe_entropy(entropy(settings)))
 
 
@@ -312,7 +312,7 @@ def _extract_codes(args: argparse.Namespace, argv: list[str]) -> None:
     settings = read_settings(ExtractionSettings, args)
     from par_diffusers.training.extract_codes import extract_codes
 
-    settings.vqvae = str(_model_source(settings.vqvae))
+    settings.vqvae = str(model_source(settings.vqvae))
     extract_codes(settings)
 
 
@@ -356,7 +356,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> None:
 
     for name in ("vqvae", "model"):
         if getattr(settings, name) is not None:
-            setattr(settings, name, str(_model_source(getattr(settings, name))))
+            setattr(settings, name, str(model_source(getattr(settings, name))))
     train(settings, args.resume)
 
 

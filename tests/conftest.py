@@ -2,11 +2,15 @@ import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
+from PIL import Image
 
 from par_diffusers import PARConfig, PARForConditionalGeneration, PARPipeline, PARScheduler
+from par_diffusers.settings import ExtractionSettings
+from par_diffusers.training.extract_codes import extract_codes
 
 
 DATA = Path(__file__).parent / "data"
@@ -94,3 +98,149 @@ def reference():
         return SimpleNamespace(file=DATA / f"{name}.pt", vq_file=DATA / "vq_f4.pt", **expected)
 
     return load
+
+
+# ---- training data ----
+
+COLOURS = ("blue", "green", "red")
+
+
+def draw_pictures(folder: Path, count: int, size: int = 16, seed: int = 0) -> Path:
+    """`count` pictures of three classes: the channel that is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(count):
+        name = COLOURS[number % 3]
+        pixels = torch.randint(0, 60, (3, 1, 1), generator=generator).expand(-1, size, size).clone()
+        pixels[2 - number % 3] = 220
+        pixels[:, size // 2 :] //= 1 + number % 2
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels.permute(1, 2, 0).to(torch.uint8).numpy())
+        image.save(folder / name / f"{number:04}.png")
+    return folder
+
+
+@pytest.fixture
+def make_pictures():
+    return draw_pictures
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """96 pictures of 16 x 16."""
+    return draw_pictures(tmp_path_factory.mktemp("pictures") / "train", 96)
+
+
+@pytest.fixture(scope="session")
+def vqvae_folder(make_vqvae, tmp_path_factory) -> Path:
+    """A random tokenizer: 32 codes, 2 x 2 pixels a token."""
+    folder = tmp_path_factory.mktemp("vqvae")
+    make_vqvae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def codes(pictures, vqvae_folder, tmp_path_factory) -> Path:
+    """The pictures as 8 x 8 tokens, two views each."""
+    output = tmp_path_factory.mktemp("codes") / "codes"
+    return extract_codes(ExtractionSettings(pictures, output, vqvae=vqvae_folder, image_size=16, shard_size=40))
+
+
+@pytest.fixture
+def tiny(codes, vqvae_folder):
+    """Options of a small backbone on the codes, without what is random."""
+    return {
+        "data": codes,
+        "vqvae": vqvae_folder,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "token_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "condition_dropout": 0.0,
+        "global_batch_size": 8,
+        "learning_rate": 3e-3,
+        "lr_warmup_steps": 2,
+        "logging_steps": 1,
+        "num_validation_images": 0,
+    }
+
+
+# ---- evaluation ----
+
+
+def random_images(count: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """uint8 (count, *shape, 3); images differ in brightness, so that their features do."""
+    rng = np.random.default_rng(seed)
+    level = rng.integers(0, 200, (count, *(1,) * len(shape), 3))
+    return (level + rng.integers(0, 56, (count, *shape, 3))).astype(np.uint8)
+
+
+@pytest.fixture
+def make_images():
+    return random_images
+
+
+@pytest.fixture
+def write_folder(tmp_path):
+    """Images as PNG files, in folders of classes where there are labels."""
+
+    def write(images: np.ndarray, labels=None, name: str = "pictures"):
+        folder = tmp_path / name
+        for number, image in enumerate(images):
+            file = folder / ("" if labels is None else f"class {labels[number]}") / f"{number:04}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+        return folder
+
+    return write
+
+
+class Inception(torch.nn.Module):
+    """Called as Inception's TorchScript file is, with 6 features and 5 classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(6, 5)
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        assert img.dtype == torch.uint8
+        pixels = img.float() / 255
+        features = torch.cat([pixels.mean((2, 3)), pixels.std((2, 3))], 1)
+        if return_features:
+            return features
+        scores = features @ self.mix.weight.T
+        if not no_output_bias:
+            scores = scores + self.mix.bias
+        return scores.softmax(1)
+
+
+class I3D(torch.nn.Module):
+    """Called as I3D's TorchScript file is, with 4 features."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features and x.dim() == 5
+        x = x / 127.5 - 1
+        motion = (x[:, :, 1:] - x[:, :, :-1]).abs().mean((1, 2, 3, 4))
+        return torch.cat([x.mean((2, 3, 4)), motion[:, None]], 1)
+
+
+class Means(torch.nn.Module):
+    """Any network: 3 features."""
+
+    def forward(self, images):
+        return images.float().mean((2, 3), keepdim=True)
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """name -> a TorchScript file."""
+
+    def save(name: str):
+        torch.manual_seed(0)
+        file = tmp_path / f"{name}.pt"
+        torch.jit.script({"inception": Inception, "i3d": I3D, "means": Means}[name]()).save(file)
+        return file
+
+    return save
