@@ -72,18 +72,23 @@ def precision_recall(
     (M, D), and the other way round. A set's manifold is the union of the balls around its points that reach their
     `neighbors`-th nearest neighbour. Distances are made for `chunk_size` points at a time.
     """
-    # distances are differences of large squares: near the origin less is lost
+    # squared distances |x|^2 + |y|^2 - 2 xy are differences of large numbers: near the origin less is lost
     origin = reference.mean(dim=0)
-    samples, reference = samples - origin, reference - origin
-
-    def radii(points: torch.Tensor) -> torch.Tensor:
-        # one more: a point is its own nearest
-        parts = [torch.cdist(part, points).kthvalue(neighbors + 1).values for part in points.split(chunk_size)]
-        return torch.cat(parts)
 
     def covered(points: torch.Tensor, centres: torch.Tensor) -> float:
-        reach = radii(centres)
-        inside = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(chunk_size)]
+        centres = centres - origin
+        squares = centres.square().sum(dim=1)
+        radii = [
+            # one more: a point is its own nearest
+            torch.addmm(squares, part, centres.T, alpha=-2).kthvalue(neighbors + 1).values + own
+            for part, own in zip(centres.split(chunk_size), squares.split(chunk_size), strict=True)
+        ]
+        reach = squares - torch.cat(radii)
+        inside = []
+        for part in points.split(chunk_size):
+            part = part - origin
+            beyond = torch.addmm(reach, part, centres.T, alpha=-2) + part.square().sum(dim=1, keepdim=True)
+            inside.append((beyond <= 0).any(dim=1))
         return torch.cat(inside).double().mean().item()
 
     return covered(samples, reference), covered(reference, samples)

@@ -1,4 +1,6 @@
 import json
+import random
+import time
 
 import numpy as np
 import psutil
@@ -68,14 +70,20 @@ def test_two_processes_draw_what_one_draws(options, plain):
     assert np.abs(images.astype(int) - plain[0]).max() <= 1 and np.array_equal(labels, plain[1])
 
 
-def kill_until_done(options: dict, kills: int, **launch) -> int:
-    """Kills the command after its first new shard, `kills` times at most, and lets it end; how often it was killed."""
-    killed, log = 0, options["output"].parent / "log.txt"
+def kill_until_done(options: dict, kills: int, seed: int | None = None, **launch) -> int:
+    """
+    Kills the command after its first new shard, `kills` times at most, and lets it end; how often it was killed. With a
+    seed it dies at random moments: of its start, of its work, or while the .npz is written.
+    """
+    rng, killed, log = random.Random(seed), 0, options["output"].parent / "log.txt"
     while killed < kills:
         process = start("sample", options, log=log, **launch)
         before = len(list(options["output"].glob("samples-*")))
-        while process.poll() is None and len(list(options["output"].glob("samples-*"))) == before:
-            pass
+        starting = seed is not None and rng.random() < 0.2
+        deadline = time.monotonic() + (rng.uniform(0, 8) if starting else 300)
+        while process.poll() is None and time.monotonic() < deadline:
+            if not starting and len(list(options["output"].glob("samples-*"))) > before:
+                starting, deadline = True, time.monotonic() + (0 if seed is None else rng.uniform(0, 0.6))
         if process.poll() is not None:
             assert process.returncode == 0, log.read_text()
             return killed
@@ -88,11 +96,26 @@ def kill_until_done(options: dict, kills: int, **launch) -> int:
     return killed
 
 
+def assert_same_samples(folder, expected):
+    images, labels = load(folder)
+    assert np.array_equal(images, expected[0]) and np.array_equal(labels, expected[1])
+    assert not list(folder.glob(".*partial"))
+
+
 def test_killed_samplings_lose_and_repeat_nothing(options, plain):
     assert kill_until_done(options, 2) == 2
-    images, labels = load(options["output"])
-    assert np.array_equal(images, plain[0]) and np.array_equal(labels, plain[1])
-    assert not list(options["output"].glob(".*partial"))
+    assert_same_samples(options["output"], plain)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_lose_and_repeat_nothing(options, tmp_path):
+    options |= {"num_samples": 20000, "shard_size": 20, "batch_size": 20}
+    expected = load(sample(SamplingSettings(**options | {"output": tmp_path / "plain"})))
+    killed = kill_until_done(options, 15, seed=1, processes=2)
+    killed += kill_until_done(options, 100 - killed, seed=2)
+    print(f"{killed} kills")
+    assert_same_samples(options["output"], expected)
+    assert killed >= 90
 
 
 def test_what_is_there_is_kept(options):
