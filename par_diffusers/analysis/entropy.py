@@ -65,6 +65,10 @@ class ConditionalEntropy:
         explained = weights.mT @ own_unseen[:, None] @ weights
         return self._bound(own_unseen[None] - cross - cross.mT + explained)
 
+    def marginals(self) -> torch.Tensor:
+        """Entropy of the vector at each place given nothing, float64 (places,)."""
+        return self.given_before(torch.arange(self.places), [0] * self.places)
+
     def given_before(self, order: torch.LongTensor, contexts: list[int]) -> torch.Tensor:
         """Entropy of the i-th vector of `order` given the first `contexts[i]` of it, float64 (places,) along `order`."""
         index = (order[:, None] * self.width + torch.arange(self.width)).flatten()
@@ -108,8 +112,9 @@ def entropy(settings: EntropySettings) -> Path:
     The dependency analysis of the paper (figures 11 and 12) on codes. Returns the folder `settings.output`.
 
     - `pairs.png`: entropy of each token given one reference token (white), for nine of those.
-    - `increase_region.png`, `increase_raster.png`: see `ConditionalEntropy.increase`.
-    - `entropy.json`: the numbers, and the mean entropy of a token given another by their distance.
+    - `information.png`: the same as what the reference token tells: how much lower than without it.
+    - `increase.png`: see `ConditionalEntropy.increase`, for the region order and the raster order.
+    - `entropy.json`: the numbers, and what a token tells about another (how much lower its entropy is) by their distance.
     """
     vqvae = load_vqvae(settings.vqvae)
     dataset = CodeDataset(settings.data, vqvae)
@@ -130,21 +135,27 @@ def entropy(settings: EntropySettings) -> Path:
     pairs = estimate.pairs()
     pairs.fill_diagonal_(math.nan)
     shown = [row * grid[1] + column for row in _spread(grid[0]) for column in _spread(grid[1])]
-    pictures = {"pairs": pairs[shown].view(-1, *grid)}
+    marginals = estimate.marginals()
+    increase = {order: estimate.increase(scheduler) for order, scheduler in orders.items()}
+    pictures = {
+        "pairs": pairs[shown].view(-1, *grid),
+        "information": (marginals - pairs)[shown].view(-1, *grid),
+        "increase": torch.stack(list(increase.values())),
+    }
     facts = {
         "data": dataset.fingerprint,
         "settings": {name: getattr(settings, name) for name in ("num_samples", "held_out", "ridge", "seed")},
         "grid_size": list(grid),
         "unit": "nats",
-        "by_distance": _by_distance(pairs, grid),
+        "marginals": _rounded(marginals.view(grid)),
+        "information_by_distance": _by_distance(marginals - pairs, grid),
         "pairs": {str(place): _rounded(pairs[place].view(grid)) for place in shown},
         "num_parallel_tokens": settings.num_parallel_tokens,
-        "increase": {},
+        "increase": {
+            order: {"mean": round(values.nanmean().item(), 4), "tokens": _rounded(values)}
+            for order, values in increase.items()
+        },
     }
-    for order, scheduler in orders.items():
-        values = estimate.increase(scheduler)
-        pictures[f"increase_{order}"] = values
-        facts["increase"][order] = {"mean": round(values.nanmean().item(), 4), "tokens": _rounded(values)}
     for name, values in pictures.items():
         partial = output / f".{name}.partial"
         draw_heatmap(values).save(partial, format="PNG")
@@ -158,8 +169,8 @@ def entropy(settings: EntropySettings) -> Path:
 def describe_entropy(folder: Path) -> str:
     """What `entropy` found, as text."""
     facts = json.loads((folder / "entropy.json").read_text(encoding="utf-8"))
-    lines = ["entropy of a token given another, in nats, by their distance:"]
-    lines += [f"  {distance:>3}  {value:.3f}" for distance, value in facts["by_distance"].items()]
+    lines = ["what a token tells about another, in nats, by their distance:"]
+    lines += [f"  {distance:>3}  {value:.3f}" for distance, value in facts["information_by_distance"].items()]
     lines.append(f"increase by sampling {facts['num_parallel_tokens']} tokens together, mean in nats:")
     lines += [f"  {order:6}  {found['mean']:.3f}" for order, found in facts["increase"].items()]
     return "\n".join([*lines, f"drawn: {folder}"])
@@ -170,11 +181,11 @@ def _spread(count: int) -> list[int]:
     return sorted({0, count // 2, count - 1})
 
 
-def _by_distance(pairs: torch.Tensor, grid: tuple[int, int]) -> dict[str, float]:
+def _by_distance(information: torch.Tensor, grid: tuple[int, int]) -> dict[str, float]:
     """Mean over all pairs of places that are about 1, 2, 3, ... apart."""
     places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.double) for side in grid))
     distances = torch.cdist(places, places).round()
-    each = {int(distance): pairs[distances == distance] for distance in distances.unique() if distance}
+    each = {int(distance): information[distances == distance] for distance in distances.unique() if distance}
     return {str(distance): round(values.mean().item(), 4) for distance, values in each.items()}
 
 

@@ -77,6 +77,7 @@ def test_independent_vectors_tell_nothing_about_each_other():
     marginal = 1.5 * math.log(2 * math.pi * math.e)
     off = ~torch.eye(9, dtype=torch.bool)
     assert (estimate.pairs()[off] - marginal).abs().max() < 0.15
+    assert (estimate.marginals() - marginal).abs().max() < 0.15
     # residuals are measured on other samples than the fit: many regressors feign no dependence
     few = ConditionalEntropy(torch.randn(120, 25, 3))
     assert few.given_before(torch.arange(25), list(range(25)))[-1] > marginal
@@ -102,7 +103,8 @@ def test_the_command_draws_and_prints(make_vqvae, tmp_path, capsys):
     words = ["--data", str(tmp_path / "data"), "--vqvae", str(tmp_path / "vqvae"), "--output", str(tmp_path / "out")]
     main(["entropy", *words, "--num-samples", "60"])
     facts = json.loads((tmp_path / "out" / "entropy.json").read_text())
-    assert facts["grid_size"] == [4, 4] and list(facts["by_distance"]) == ["1", "2", "3", "4"]
+    assert facts["grid_size"] == [4, 4] and list(facts["information_by_distance"]) == ["1", "2", "3", "4"]
+    assert facts["information_by_distance"]["1"] > facts["information_by_distance"]["3"] + 1
     assert facts["pairs"]["0"][0][0] is None
     assert facts["pairs"]["0"][0][1] < facts["pairs"]["0"][0][2] - 5
     assert facts["increase"]["raster"]["mean"] > facts["increase"]["region"]["mean"]
@@ -110,7 +112,7 @@ def test_the_command_draws_and_prints(make_vqvae, tmp_path, capsys):
     assert known == [True, False, True, False]  # the first tokens of the regions have steps of their own
     printed = capsys.readouterr().out
     assert f"raster  {facts['increase']['raster']['mean']:.3f}" in printed
-    for name in ("pairs", "increase_region", "increase_raster"):
+    for name in ("pairs", "information", "increase"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(10**6)) > 10
     with pytest.raises(SystemExit):
