@@ -1,6 +1,9 @@
 """par_diffusers: parallelized autoregressive visual generation (PAR) as a diffusers plugin."""
 
 import importlib as _importlib
+import sys as _sys
+from importlib.abc import MetaPathFinder as _MetaPathFinder
+from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
 
 
@@ -35,5 +38,29 @@ def __dir__():
     return sorted([*globals(), *_LAZY])
 
 
-# transformers' Auto classes know the model as soon as the package is imported
-_importlib.import_module("par_diffusers.models")
+class _RegisterWithTransformers(_MetaPathFinder):
+    """
+    Imports our models, which register themselves with the Auto classes, right after transformers: `import par_diffusers`
+    and `par-diffusers --help` do not wait for it, and `AutoModel` knows PAR whichever is imported first.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers":
+            return None
+        _sys.meta_path.remove(self)
+        spec = _find_spec(name)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _importlib.import_module("par_diffusers.models")
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "transformers" in _sys.modules:
+    _importlib.import_module("par_diffusers.models")
+else:
+    _sys.meta_path.insert(0, _RegisterWithTransformers())

@@ -36,6 +36,25 @@ def test_bare_checkout_imports_and_subfolders_are_the_package():
     assert result.stdout.split() == [str(ROOT / "par_diffusers/__init__.py"), str(ROOT / "pipelines/__init__.py")]
 
 
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys, par_diffusers.cli\n"
+        "try: par_diffusers.cli.main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'diffusers', 'accelerate', 'numpy'} & set(sys.modules)))\n"
+    )
+    assert run(code).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("first, second", [("par_diffusers", "transformers"), ("transformers", "par_diffusers")])
+def test_auto_classes_know_the_model_whichever_is_imported_first(first, second):
+    code = f"import {first}, {second}; print(transformers.AutoConfig.for_model('par').hidden_size)"
+    assert run(code).split() == ["1024"]
+
+
 def test_travelling_files_import_no_sibling_and_nothing_of_ours():
     files = [
         *ROOT.glob("pipelines/pipeline_*.py"),
