@@ -17,7 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import is_torch_xla_available, replace_example_docstring
 from huggingface_hub import ModelCard, ModelCardData, file_exists
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicLayer, PreTrainedModel
 
 
 if is_torch_xla_available():
@@ -84,6 +84,30 @@ same with the code of the package.
 
 Defaults of the call: guidance scale {guidance_scale}, temperature {temperature}, top-k {top_k}, top-p {top_p}.
 """
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer in memory that is allocated once; attention reads the filled part, without a copy."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch_size, heads, _, width = key_states.shape
+        self.memory = key_states.new_empty(2, batch_size, heads, self.capacity, width)
+        self.keys, self.values = self.memory[..., :0, :]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        self.memory[0, ..., start:end, :] = key_states
+        self.memory[1, ..., start:end, :] = value_states
+        self.keys, self.values = self.memory[..., :end, :]
+        return self.keys, self.values
 
 
 class PARPipeline(DiffusionPipeline):
@@ -500,7 +524,8 @@ class PARPipeline(DiffusionPipeline):
 
         # 4. Prepare the token grid and the cache
         latents = self.prepare_latents(batch_size, device, latents)
-        past_key_values = DynamicCache(config=config)
+        slots = len(self.scheduler.slot_tokens)
+        past_key_values = Cache(layers=[PreallocatedLayer(slots) for _ in range(config.num_hidden_layers)])
 
         # 5. Generation loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:

@@ -197,6 +197,7 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
         self.places = places.masked_fill(~is_placed[:, None], -1).to(device)
         self.groups = groups.to(device)
         self.step_slots = tuple(steps)
+        self._is_one_group = tuple(len(set(groups[step.start : step.stop].tolist())) == 1 for step in steps)
         self.step_tokens = tuple(range(max(step.start - prefix + 1, 0), step.stop - prefix + 1) for step in steps)
 
     def _region_grid(self, grid_size: tuple[int, ...]) -> tuple[int, int]:
@@ -260,14 +261,19 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
             timestep (`int` or `torch.Tensor`, *optional*): A value of `timesteps`. None: the slots of all steps.
 
         Returns:
-            `input_ids` (B, slots without the prefix; absent where there are none), `position_ids` (slots, axes) and
+            `input_ids` (B, slots without the prefix; absent where there are none), `position_ids` (slots, axes), and what
+            sees what: `is_causal` False for a step whose slots see each other and all before, else
             `block_sequence_ids` (N + P - 1,), the group of *every* slot, as cached decoding wants them.
         """
         slots = range(len(self.slot_tokens)) if timestep is None else self.step_slots[int(timestep)]
         slots = slice(slots.start, slots.stop)
         carried = self.slot_tokens[slots]
         carried = carried[max(self.config.prefix_length - slots.start, 0) :].to(sample.device)
-        inputs = {"position_ids": self.places[slots], "block_sequence_ids": self.groups}
+        inputs = {"position_ids": self.places[slots]}
+        if timestep is not None and self._is_one_group[int(timestep)]:
+            inputs["is_causal"] = False
+        else:
+            inputs["block_sequence_ids"] = self.groups
         if len(carried):
             learnable = vocab_size + torch.arange(self.num_learnable_tokens, device=sample.device)
             table = torch.cat([sample.flatten(1), learnable.expand(len(sample), -1)], dim=1)

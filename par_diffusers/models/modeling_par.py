@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -302,6 +302,7 @@ class PARModel(PARPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        is_causal: bool = True,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         slots = []
@@ -321,18 +322,32 @@ class PARModel(PARPreTrainedModel):
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if not is_causal and attention_mask is None and getattr(past_key_values, "is_compileable", False):
+            # a static cache is read whole: nobody sees what is not filled yet
+            end = past_key_values.get_seq_length() + hidden_states.shape[1]
+            length, _ = past_key_values.get_mask_sizes(hidden_states.shape[1], 0)
+            attention_mask = (torch.arange(length, device=hidden_states.device) < end).expand(len(hidden_states), -1)
         # where all sequences of a batch see alike, the mask is made for one of them and broadcast
         alike = attention_mask is None and (block_sequence_ids is None or block_sequence_ids.ndim == 1)
-        if block_sequence_ids is not None:
-            block_sequence_ids = block_sequence_ids.to(hidden_states.device).expand(len(hidden_states), -1)
-        # without `position_ids`: the mask functions would take grid coordinates for those of packed sequences
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states[:1] if alike else hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            block_sequence_ids=block_sequence_ids,
-        )
+        embeds = hidden_states[:1] if alike else hidden_states
+        if is_causal:
+            if block_sequence_ids is not None:
+                block_sequence_ids = block_sequence_ids.to(hidden_states.device).expand(len(hidden_states), -1)
+            # without `position_ids`: the mask functions would take grid coordinates for those of packed sequences
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                block_sequence_ids=block_sequence_ids,
+            )
+        else:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
         cos, sin = self.rotary_emb(position_ids.to(hidden_states.device))
         if position_ids.ndim == 3:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, slots, head_dim / 2)
@@ -342,6 +357,7 @@ class PARModel(PARPreTrainedModel):
                 position_embeddings=(cos, sin),
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
+                is_causal=is_causal,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -412,6 +428,8 @@ class PARForConditionalGeneration(PARPreTrainedModel):
             block_sequence_ids (`torch.LongTensor` of shape `(total,)` or `(batch_size, total)`, *optional*):
                 Attention group of every slot from the first cached one on: slots see all earlier ones and their own
                 group. Without it, attention is causal.
+            is_causal (`bool`, defaults to `True`):
+                `False`: all slots given see each other and all cached ones; there are no groups then.
             attention_mask (`torch.Tensor`, *optional*):
                 (batch_size, total), 0 for slots nobody may see; or a prepared 4D mask.
             past_key_values (`Cache`, *optional*): Keys and values of earlier slots.

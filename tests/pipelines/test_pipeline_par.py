@@ -6,6 +6,9 @@ import torch
 from accelerate import cpu_offload
 from diffusers import VQModel
 from diffusers.callbacks import PipelineCallback
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from par_diffusers import PARPipeline, PARScheduler
 
@@ -369,3 +372,24 @@ def test_offloaded_components_draw_the_same(pipe):
     assert pipe.transformer.lm_head.weight.device.type == "meta"
     assert torch.equal(pipe([3, 8], generator=seeded(0, 1), output_type="pt").images, expected)
     assert pipe.model_cpu_offload_seq == "transformer->vqvae"
+
+
+def test_decoding_reads_what_is_cached_without_masks_and_copies(pipe):
+    seen = []
+
+    def recording(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.layer_idx, query.shape[2], key.shape[2], key.untyped_storage().data_ptr(), attention_mask))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("recording", recording)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("recording", sdpa_mask)
+    generator = torch.Generator().manual_seed(0)
+    expected = pipe([3], generator=generator.manual_seed(0), output_type="latent").images
+    pipe.transformer.set_attn_implementation("recording")
+    assert pipe([3], generator=generator.manual_seed(0), output_type="latent").images.equal(expected)
+    layers = pipe.transformer.config.num_hidden_layers
+    assert [(queries, keys) for layer, queries, keys, *_ in seen if layer == 0] == [
+        (len(slots), slots.stop) for slots in pipe.scheduler.step_slots
+    ]
+    assert len({(layer, memory) for layer, _, _, memory, _ in seen}) == layers
+    assert all(mask is None for *_, mask in seen)
