@@ -11,6 +11,7 @@ from pathlib import Path
 
 from par_diffusers._version import __version__
 from par_diffusers.settings import (
+    BenchmarkSettings,
     CallSettings,
     EntropySettings,
     EvaluationSettings,
@@ -181,6 +182,31 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     from par_diffusers.evaluation.evaluate import describe_result, evaluate
 
     print(describe_result(evaluate(settings)))
+
+
+def _add_benchmark(commands) -> None:
+    parser = commands.add_parser(
+        "benchmark",
+        help="speed, memory, and how far from the machine's limits",
+        description="Times pipelines of any size and relates the times to what the machine could do.",
+        epilog="""examples:
+  par-diffusers benchmark --model L --num-parallel-tokens 1 4 16 --output l
+  par-diffusers benchmark --model XL 3B --dtype bfloat16 --batch-size 1 64 --num-parallel-tokens 4
+  par-diffusers benchmark --model par-glyphs-4x --grid-size 12 12 --num-parallel-tokens 4""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, BenchmarkSettings)
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = read_settings(BenchmarkSettings, args)
+    from par_diffusers.sampling.benchmark import benchmark, describe_benchmark, save_benchmark
+
+    found = benchmark(settings)
+    print(describe_benchmark(found))
+    if settings.output is not None:
+        save_benchmark(found, Path(settings.output))
 
 
 def _add_convert(commands) -> None:
@@ -414,6 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         _add_generate,
         _add_sample,
         _add_evaluate,
+        _add_benchmark,
         _add_convert,
         _add_plan,
         _add_entropy,

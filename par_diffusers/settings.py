@@ -213,6 +213,24 @@ class EvaluationSettings(_Settings):
 
 
 @dataclass
+class BenchmarkSettings(_Settings):
+    """Settings of [`~par_diffusers.sampling.benchmark.benchmark`]; lists are combined with each other."""
+
+    model: tuple[str, ...] = option(
+        ("L",), "published sizes with random weights (B, L, XL, XXL, 3B), pipeline folders or embedded models"
+    )
+    num_parallel_tokens: tuple[int, ...] = option((1, 4, 16), "tokens of a parallel step", least=1)
+    grid_size: tuple[int, ...] = option((24, 24), "tokens: height width", least=1)
+    batch_size: tuple[int, ...] = option((1,), "images at a time", least=1)
+    dtype: tuple[str, ...] = option(("float32",), "of the backbone", ("float32", "float16", "bfloat16"))
+    guidance: bool = option(True, "with classifier-free guidance, which doubles the work")
+    warmup: int = option(1, "calls before those that count", least=0)
+    repeats: int = option(3, "calls that count", least=1)
+    device: str | None = option(None, "as torch names it (default: an accelerator where there is one, else cpu)")
+    output: str | None = option(None, "folder for the table, benchmark.json and roofline.png")
+
+
+@dataclass
 class EntropySettings(_Settings):
     """Settings of [`~par_diffusers.analysis.entropy.entropy`]."""
 

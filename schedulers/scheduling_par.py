@@ -197,7 +197,8 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
         self.places = places.masked_fill(~is_placed[:, None], -1).to(device)
         self.groups = groups.to(device)
         self.step_slots = tuple(steps)
-        self._is_one_group = tuple(len(set(groups[step.start : step.stop].tolist())) == 1 for step in steps)
+        is_full = self.config.group_attention == "full"
+        self._is_one_group = tuple(len(step) == 1 or (is_full and step.start >= first_group) for step in steps)
         self.step_tokens = tuple(range(max(step.start - prefix + 1, 0), step.stop - prefix + 1) for step in steps)
 
     def _region_grid(self, grid_size: tuple[int, ...]) -> tuple[int, int]:

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+
+from par_diffusers import PARPipeline, PARScheduler
+from par_diffusers.cli import main
+from par_diffusers.sampling.benchmark import Machine, Work, random_pipeline
+
+
+@pytest.fixture
+def folder(make_pipeline, tmp_path):
+    make_pipeline(num_parallel_tokens=4).save_pretrained(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def test_the_table_has_a_row_for_each_combination(folder, tmp_path, capsys):
+    words = ["--grid-size", "4", "4", "--repeats", "2", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    main(["benchmark", "--model", str(folder), "--num-parallel-tokens", "1", "4", "--batch-size", "1", "3", *words])
+    found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    rows = found["rows"]
+    assert [(row["batch_size"], row["num_parallel_tokens"], row["steps"]) for row in rows] == [
+        (1, 1, 16),
+        (1, 4, 7),
+        (3, 1, 16),
+        (3, 4, 7),
+    ]
+    for row in rows:
+        total = row["seconds_per_image"] * row["batch_size"]
+        assert total >= 0.9 * max(row["token_seconds"], row["pixel_seconds"])
+        assert row["images_per_second"] * row["seconds_per_image"] == pytest.approx(1)
+        assert row["ms_per_step"] == pytest.approx(1000 * row["token_seconds"] / row["steps"])
+        assert 0 < row["share_of_floor"] < 1 and row["peak_memory"] > 1e8
+    assert rows[0]["speedup"] == rows[2]["speedup"] == 1
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["seconds_per_image"] / rows[1]["seconds_per_image"])
+    table = (tmp_path / "out" / "benchmark.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n| ") == 5
+    assert (tmp_path / "out" / "roofline.png").stat().st_size > 5000
+
+
+def test_work_is_weights_once_a_step_and_the_cache_so_far(folder):
+    pipe = PARPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.scheduler = PARScheduler((4, 4), 4)
+    model = pipe.transformer
+    matrices = sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Linear))
+    norms = sum(p.nbytes for p in model.parameters() if p.ndim == 1)
+    work = Work.of(pipe, streams=2)
+    slot = 2 * 3 * 48 * 4  # keys and values of three layers of width 48 in float32
+    assert work.bytes == [matrices + norms + slot * slots.start * 2 for slots in pipe.scheduler.step_slots]
+    linear = 2 * (matrices + norms) // 4
+    assert work.flops[-1] == 4 * 2 * (linear + 4 * 3 * 48 * pipe.scheduler.step_slots[-1].stop)
+    reads, computes = Machine("", 1e3, {"float32": 1e30}), Machine("", 1e30, {"float32": 1e3})
+    assert work.floor(reads, "float32") == pytest.approx(sum(work.bytes) / 1e3)
+    assert work.floor(computes, "float32") == pytest.approx(sum(work.flops) / 1e3)
+
+
+def test_published_sizes_have_their_parameters():
+    with torch.device("meta"):
+        pipe = random_pipeline("L", 4, (24, 24))
+    assert sum(p.numel() for p in pipe.transformer.parameters()) == pytest.approx(342.9e6, rel=1e-3)
+    assert sum(p.numel() for p in pipe.vqvae.parameters()) == pytest.approx(72e6, rel=0.02)
+    assert pipe.vae_scale_factor == 16 and pipe.scheduler.num_inference_steps == 147
+
+
+def test_bad_values_are_one_line(folder, capsys):
+    for words in (["--model", "M"], ["--num-parallel-tokens", "7"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "benchmark",
+                    "--model",
+                    str(folder),
+                    "--grid-size",
+                    "4",
+                    "4",
+                    "--warmup",
+                    "0",
+                    "--repeats",
+                    "1",
+                    *words,
+                ]
+            )
+        assert stop.value.code == 2
+        assert len([line for line in capsys.readouterr().err.splitlines() if "error" in line]) == 1
