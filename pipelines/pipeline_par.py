@@ -15,9 +15,10 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, VQModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import is_torch_xla_available, replace_example_docstring
+from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
+from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from huggingface_hub import ModelCard, ModelCardData, file_exists
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from transformers import Cache, DynamicLayer, PreTrainedModel, StaticCache
 
 
 if is_torch_xla_available():
@@ -26,6 +27,8 @@ if is_torch_xla_available():
     XLA_AVAILABLE = True
 else:
     XLA_AVAILABLE = False
+
+logger = logging.get_logger(__name__)
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -154,6 +157,7 @@ class PARPipeline(DiffusionPipeline):
                 ids.setdefault(name, []).append(int(key))
         self.labels = {name: found[0] for name, found in sorted(ids.items()) if len(found) == 1}
         self._ambiguous_labels = {name: found for name, found in ids.items() if len(found) > 1}
+        self._static_cache = None
 
     # Folders that carry their own code: see docs/conversion.md for what each file is for.
 
@@ -402,6 +406,22 @@ class PARPipeline(DiffusionPipeline):
             return latents.to(device)
         return torch.zeros((batch_size, *self.scheduler.grid_size), dtype=torch.long, device=device)
 
+    def prepare_cache(self, batch_size: int) -> Cache:
+        """
+        Where keys and values go. For a compiled transformer it has one shape for all steps, and the same memory in all calls
+        of a batch size, so that there is a graph for steps of one token and one for steps of n.
+        """
+        config, slots = self.transformer.config, len(self.scheduler.slot_tokens)
+        compiled = is_compiled_module(self.transformer) or self.transformer._compiled_call_impl is not None
+        if not compiled:
+            return Cache(layers=[PreallocatedLayer(slots) for _ in range(config.num_hidden_layers)])
+        key = (batch_size, slots, self.transformer.dtype, self.transformer.device)
+        if self._static_cache is None or self._static_cache[0] != key:
+            logger.warning("Compiling the steps: the first call takes longer.")
+            self._static_cache = key, StaticCache(config=config, max_cache_len=slots)
+        self._static_cache[1].reset()
+        return self._static_cache[1]
+
     def decode_latents(self, latents: torch.LongTensor) -> torch.Tensor:
         """Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
         shape = (*latents.shape, self.vqvae.quantize.vq_embed_dim)
@@ -524,8 +544,9 @@ class PARPipeline(DiffusionPipeline):
 
         # 4. Prepare the token grid and the cache
         latents = self.prepare_latents(batch_size, device, latents)
-        slots = len(self.scheduler.slot_tokens)
-        past_key_values = Cache(layers=[PreallocatedLayer(slots) for _ in range(config.num_hidden_layers)])
+        past_key_values = self.prepare_cache(len(labels))
+        # the first step, which has no tokens to read, is not worth a graph
+        first = unwrap_module(self.transformer).forward if past_key_values.is_compileable else self.transformer
 
         # 5. Generation loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -536,7 +557,8 @@ class PARPipeline(DiffusionPipeline):
                 inputs = self.scheduler.model_inputs(latents, config.vocab_size, i)
                 if use_guidance and "input_ids" in inputs:
                     inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
-                logits = self.transformer(
+                transformer = first if i == 0 else self.transformer
+                logits = transformer(
                     **inputs,
                     class_labels=labels if i == 0 else None,
                     past_key_values=past_key_values,

@@ -393,3 +393,27 @@ def test_decoding_reads_what_is_cached_without_masks_and_copies(pipe):
     ]
     assert len({(layer, memory) for layer, _, _, memory, _ in seen}) == layers
     assert all(mask is None for *_, mask in seen)
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@pytest.mark.parametrize("num_parallel_tokens, graphs", [(1, 1), (4, 2)])
+def test_a_compiled_transformer_draws_the_same_with_a_graph_for_each_kind_of_step(
+    how, num_parallel_tokens, graphs, make_pipeline
+):
+    pipe = make_pipeline(num_parallel_tokens=num_parallel_tokens)
+    labels = [[3, 8], [1, 1], [0, 5]]
+    expected = [pipe(pair, generator=torch.Generator().manual_seed(7), output_type="latent").images for pair in labels]
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    if how == "in place":
+        pipe.transformer.compile(backend=backend, fullgraph=True)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+    for pair, tokens in zip(labels, expected, strict=True):
+        assert pipe(pair, generator=torch.Generator().manual_seed(7), output_type="latent").images.equal(tokens)
+    assert len(compiled) == graphs
