@@ -223,6 +223,9 @@ class BenchmarkSettings(_Settings):
     grid_size: tuple[int, ...] = option((24, 24), "tokens: height width", least=1)
     batch_size: tuple[int, ...] = option((1,), "images at a time", least=1)
     dtype: tuple[str, ...] = option(("float32",), "of the backbone", ("float32", "float16", "bfloat16"))
+    mode: tuple[str, ...] = option(
+        ("eager",), "packed: see pack_linear_weights (CPU); compiled: torch.compile", ("eager", "packed", "compiled")
+    )
     guidance: bool = option(True, "with classifier-free guidance, which doubles the work")
     warmup: int = option(1, "calls before those that count", least=0)
     repeats: int = option(3, "calls that count", least=1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import transformers
 from accelerate.utils import tqdm
 from diffusers import VQModel
@@ -188,9 +189,11 @@ def benchmark(settings: BenchmarkSettings) -> dict:
     machine = Machine.measure(device, settings.dtype)
     rows = []
     combinations = list(
-        itertools.product(settings.model, settings.dtype, settings.batch_size, settings.num_parallel_tokens)
+        itertools.product(
+            settings.model, settings.dtype, settings.mode, settings.batch_size, settings.num_parallel_tokens
+        )
     )
-    for model, dtype, batch_size, n in tqdm(combinations, desc="benchmark"):
+    for model, dtype, mode, batch_size, n in tqdm(combinations, desc="benchmark"):
         if model not in _SIZES:
             dtypes = {"transformer": getattr(torch, dtype), "default": torch.float32}
             pipe = PARPipeline.from_pretrained(model_source(model), dtype=dtypes)
@@ -202,8 +205,16 @@ def benchmark(settings: BenchmarkSettings) -> dict:
             pipe.transformer.to(getattr(torch, dtype))
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
-        found = time_calls(pipe, batch_size, settings.guidance, settings.warmup, settings.repeats)
-        work = Work.of(pipe, batch_size * (2 if settings.guidance else 1))
+        streams = batch_size * (2 if settings.guidance else 1)
+        work = Work.of(pipe, streams)
+        if mode == "packed":
+            pipe.transformer.pack_linear_weights(streams * n)
+        if mode == "compiled":
+            torch.compiler.reset()
+            pipe.transformer.compile(mode="reduce-overhead" if device.type == "cuda" else "default", fullgraph=True)
+        # compiled for a CPU, weights are packed too, where they are constants
+        with torch._inductor.config.patch(freezing=device.type == "cpu"):
+            found = time_calls(pipe, batch_size, settings.guidance, settings.warmup, settings.repeats)
         floor = work.floor(machine, dtype)
         tokens, pixels = statistics.median(found["token_seconds"]), statistics.median(found["pixel_seconds"])
         totals = [sum(pair) for pair in zip(found["token_seconds"], found["pixel_seconds"], strict=True)]
@@ -213,6 +224,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
             {
                 "model": model,
                 "dtype": dtype,
+                "mode": mode,
                 "batch_size": batch_size,
                 "num_parallel_tokens": n,
                 "steps": steps,
@@ -254,7 +266,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
 
 def _compare_with_one_token(rows: list[dict]) -> None:
     """`speedup`: how much faster than the row of the same model and settings with one token a step."""
-    same = ("model", "dtype", "batch_size")
+    same = ("model", "dtype", "mode", "batch_size")
     ones = {tuple(row[name] for name in same): row for row in rows if row["num_parallel_tokens"] == 1}
     for row in rows:
         one = ones.get(tuple(row[name] for name in same))
@@ -264,6 +276,7 @@ def _compare_with_one_token(rows: list[dict]) -> None:
 _COLUMNS = {
     "model": lambda row: row["model"],
     "dtype": lambda row: row["dtype"],
+    "mode": lambda row: row["mode"],
     "batch": lambda row: str(row["batch_size"]),
     "n": lambda row: str(row["num_parallel_tokens"]),
     "steps": lambda row: str(row["steps"]),
@@ -316,7 +329,9 @@ def plot_roofline(found: dict, file: Path) -> None:
         axes.plot(span, torch.minimum(span * machine["bandwidth"], torch.tensor(rate)) / 1e9, label=f"roof, {dtype}")
     for row, intensity in zip(found["rows"], intensities, strict=True):
         axes.scatter(intensity, row["flops"] / row["token_seconds"] / 1e9, s=30, color="black", zorder=3)
-        name = f"{row['model']} {row['num_parallel_tokens']}x, batch {row['batch_size']}, {row['dtype']}"
+        name = (
+            f"{row['model']} {row['num_parallel_tokens']}x, batch {row['batch_size']}, {row['dtype']}, {row['mode']}"
+        )
         axes.annotate(
             name,
             (intensity, row["flops"] / row["token_seconds"] / 1e9),

@@ -408,3 +408,28 @@ def test_compiled_decoding_uses_two_graphs(make_model):
             for i in range(1, scheduler.num_inference_steps):
                 step(past_key_values=cache, **scheduler.model_inputs(grid, 32, i))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_multiply_as_before_and_save_as_before(dtype, make_model, tmp_path):
+    scheduler, model, grid = build("4 parallel tokens", make_model)
+    model.to(dtype)
+    inputs = {"class_labels": torch.tensor([3, 8]), **scheduler.model_inputs(grid, 32)}
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        packed = model.pack_linear_weights(rows=8)
+        assert packed is model and not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+        error = (model(**inputs).logits - expected).abs().max()
+    assert error <= (1e-5 if dtype == torch.float32 else 0.05) * expected.abs().max()
+    model.save_pretrained(tmp_path)
+    loaded = PARForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    assert loaded.keys() == state.keys() and all(loaded[name].equal(state[name]) for name in state)
+    model.to("cpu")
+    with pytest.raises(ValueError, match="move or cast the model before packing"):
+        model.to(torch.float64)
+
+
+def test_only_what_can_be_packed_is(make_model):
+    with pytest.raises(ValueError, match="float32 or bfloat16 on the CPU, the model is torch.float64"):
+        make_model().double().pack_linear_weights()

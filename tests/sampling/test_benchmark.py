@@ -38,6 +38,14 @@ def test_the_table_has_a_row_for_each_combination(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "roofline.png").stat().st_size > 5000
 
 
+def test_packed_and_eager_rows_do_the_same_work(folder, tmp_path):
+    words = ["--grid-size", "4", "4", "--num-parallel-tokens", "4", "--mode", "eager", "packed", "--device", "cpu"]
+    main(["benchmark", "--model", str(folder), *words, "--repeats", "1", "--output", str(tmp_path / "out")])
+    eager, packed = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert (eager["mode"], packed["mode"]) == ("eager", "packed")
+    assert eager["bytes"] == packed["bytes"] and eager["flops"] == packed["flops"]
+
+
 def test_work_is_weights_once_a_step_and_the_cache_so_far(folder):
     pipe = PARPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = PARScheduler((4, 4), 4)
