@@ -1,6 +1,7 @@
 """The command line: `par-diffusers COMMAND`, `python -m par_diffusers COMMAND`, `accelerate launch -m par_diffusers COMMAND`."""
 
 import argparse
+import importlib.util
 import os
 import secrets
 import shlex
@@ -42,6 +43,12 @@ def model_source(name: str) -> str | Path:
     from par_diffusers.assets import embedded_model
 
     return name if Path(name).exists() or "/" in name else embedded_model(name)
+
+
+def check_installed(package: str) -> None:
+    """Raises where an optional dependency of measuring is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is needed: pip install 'par_diffusers[evaluation]'.")
 
 
 def _add_generate(commands) -> None:
@@ -175,10 +182,7 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     settings = read_settings(EvaluationSettings, args)
-    import importlib.util
-
-    if importlib.util.find_spec("torchmetrics") is None:
-        raise ValueError("torchmetrics is needed: pip install 'par_diffusers[evaluation]'.")
+    check_installed("torchmetrics")
     from par_diffusers.evaluation.evaluate import describe_result, evaluate
 
     print(describe_result(evaluate(settings)))
@@ -201,6 +205,8 @@ def _add_benchmark(commands) -> None:
 
 def _benchmark(args: argparse.Namespace, argv: list[str]) -> None:
     settings = read_settings(BenchmarkSettings, args)
+    if settings.output is not None:
+        check_installed("matplotlib")
     from par_diffusers.sampling.benchmark import benchmark, describe_benchmark, save_benchmark
 
     found = benchmark(settings)
@@ -302,7 +308,7 @@ def _add_entropy(commands) -> None:
         description="The paper's dependency analysis: conditional entropies of the codebook vectors of codes.",
         epilog="""examples:
   par-diffusers entropy --data codes --vqvae par-xl-4x --output entropy
-  par-diffusers entropy --data glyphs-codes-train --vqvae glyphs-tokenizer --num-parallel-tokens 16 --output entropy""",
+  par-diffusers entropy --data glyphs-codes-train --vqvae par-glyphs-4x --num-parallel-tokens 16 --output entropy""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, EntropySettings)

@@ -199,3 +199,18 @@ def test_module_and_script_are_the_same_command(tmp_path):
     assert result.stdout == module.stdout
     bad = subprocess.run([script, "plan", "--grid-size", "5", "5"], capture_output=True, text=True, env=environment)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "package, words",
+    [
+        ("torchmetrics", ["evaluate", "--samples", "a.npz", "--extractor", "glyphs-judge"]),
+        ("matplotlib", ["benchmark", "--output", "out"]),
+    ],
+)
+def test_a_missing_optional_package_is_named(package, words, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert f"{package} is needed: pip install 'par_diffusers[evaluation]'" in capsys.readouterr().err

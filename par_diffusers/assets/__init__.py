@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def embedded_model(name: str) -> Path:
-    """Folder of an embedded model: a pipeline, for `PARPipeline.from_pretrained`, or a tokenizer, for `VQModel.from_pretrained`.
+    """Folder of an embedded model: a pipeline, for `PARPipeline.from_pretrained`, or the judge of its images, `glyphs-judge`.
 
     ```py
     >>> from par_diffusers import embedded_model
