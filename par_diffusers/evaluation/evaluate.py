@@ -65,7 +65,8 @@ def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> 
     reference = None if settings.reference is None else open_source(settings.reference, settings.image_size)
     metrics = _choose_metrics(settings, extractor, samples, reference, device)
 
-    features, logits = _extract(extractor, samples, settings.batch_size, device, "samples")
+    scores = {"inception-score", "accuracy"} & set(metrics)
+    features, logits = _extract(extractor, samples, settings.batch_size, device, "samples", bool(scores))
     if settings.save_statistics is not None:
         _save_statistics(Path(settings.save_statistics), features, extractor)
     real = real_logits = None
@@ -73,7 +74,9 @@ def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> 
         {"frechet"} if reference and reference.statistics is None else set()
     )
     if reference and reference.shape and by_images & set(metrics):
-        real, real_logits = _extract(extractor, reference, settings.batch_size, device, "reference")
+        real, real_logits = _extract(
+            extractor, reference, settings.batch_size, device, "reference", "accuracy" in metrics
+        )
     result = {}
     if "frechet" in metrics:
         result[extractor.distance] = frechet_distance(features, reference.moments or real)
@@ -174,19 +177,19 @@ def _check_shape(extractor: Extractor, side: Source) -> None:
 
 @torch.inference_mode()
 def _extract(
-    extractor: Extractor, side: Source, batch_size: int, device, name: str
+    extractor: Extractor, side: Source, batch_size: int, device, name: str, keep_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features float32 (N, D) and logits (N, classes) of all images, on the CPU."""
+    """Features float32 (N, D) and, where they are kept, logits (N, classes) of all images, on the CPU."""
     features, logits, start = None, None, 0
     with tqdm(total=len(side), unit="images", desc=name) as bar:
         for images in side.batches(batch_size):
             found, scores = extractor.run(images.to(device))
             if features is None:
                 features = torch.empty(len(side), found.shape[1])
-                logits = None if scores is None else torch.empty(len(side), scores.shape[1])
+                logits = torch.empty(len(side), scores.shape[1]) if keep_logits else None
             part = slice(start, start + len(images))
             features[part] = found.float()
-            if scores is not None:
+            if keep_logits:
                 logits[part] = scores.float()
             start = part.stop
             bar.update(len(images))

@@ -65,7 +65,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> tu
 
 
 def precision_recall(
-    samples: torch.Tensor, reference: torch.Tensor, neighbors: int = 3, chunk_size: int = 1024
+    samples: torch.Tensor, reference: torch.Tensor, neighbors: int = 3, chunk_size: int = 256
 ) -> tuple[float, float]:
     """
     Improved precision and recall (arXiv 1904.06991): the share of `samples` (N, D) inside the manifold of `reference`
