@@ -39,6 +39,13 @@ def publish(partial: Path, file: Path) -> None:
     os.replace(partial, file)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    publish(partial, file)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the files of `folder` are on the disk: a rename must not get there before them."""
     for file in folder.rglob("*"):

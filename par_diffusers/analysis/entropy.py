@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 from diffusers import VQModel
 
 from par_diffusers.analysis.heatmap import draw_heatmap
+from par_diffusers.folders import write_text
+from par_diffusers.sampling.generate import save_image
 from par_diffusers.schedulers import PARScheduler
 from par_diffusers.settings import EntropySettings
 from par_diffusers.training.codes import CodeDataset, load_vqvae
@@ -157,12 +158,8 @@ def entropy(settings: EntropySettings) -> Path:
         },
     }
     for name, values in pictures.items():
-        partial = output / f".{name}.partial"
-        draw_heatmap(values).save(partial, format="PNG")
-        os.replace(partial, output / f"{name}.png")
-    partial = output / ".entropy.json.partial"
-    partial.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    os.replace(partial, output / "entropy.json")
+        save_image(draw_heatmap(values), output / f"{name}.png")
+    write_text(output / "entropy.json", json.dumps(facts) + "\n")
     return output
 
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from par_diffusers.cli import model_source, one_line_errors
 from par_diffusers.evaluation.evaluate import evaluate
+from par_diffusers.folders import write_text
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.sampling.generate import generate, save_image
 from par_diffusers.sampling.sample import sample
@@ -115,13 +115,11 @@ def report(names: list[str], output: Path, labels: list[str], batch_size: int) -
             **found["metrics"],
         }
     facts = {"device": str(state.device), "batch_size": batch_size, "rows": rows}
-    partial = output / ".ablations.json.partial"
-    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output / "ablations.json")
+    write_text(output / "ablations.json", json.dumps(facts, indent=1) + "\n")
     save_image(draw_rows(pipes, labels), output / "strategies.png")
     plot(rows, output / "ablations.png")
     table = _table(rows)
-    (output / "ablations.md").write_text(table + "\n", encoding="utf-8")
+    write_text(output / "ablations.md", table + "\n")
     return table
 
 

@@ -1,7 +1,6 @@
 """Compares generated images with real ones, and says what exactly was compared."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from par_diffusers._version import __version__
 from par_diffusers.evaluation.extractors import Extractor, load_extractor, module_extractor
 from par_diffusers.evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
 from par_diffusers.evaluation.sources import Source, open_source
-from par_diffusers.folders import publish
+from par_diffusers.folders import publish, write_text
 from par_diffusers.settings import EvaluationSettings
 
 
@@ -103,10 +102,7 @@ def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> 
     }
     facts["warnings"] = _find_traps(facts, extractor, samples, reference)
     if settings.output is not None:
-        file = Path(settings.output)
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_text(Path(settings.output), json.dumps(facts, indent=1) + "\n")
     return facts
 
 

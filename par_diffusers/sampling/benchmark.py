@@ -18,6 +18,7 @@ from diffusers import VQModel
 from par_diffusers._version import __version__
 from par_diffusers.cli import model_source
 from par_diffusers.conversion.convert_llamagen import PUBLISHED_SIZES
+from par_diffusers.folders import write_text
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.schedulers import PARScheduler
@@ -351,7 +352,5 @@ def save_benchmark(found: dict, folder: Path) -> None:
     """`benchmark.json`, `benchmark.md` and `roofline.png` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("benchmark.json", json.dumps(found, indent=1)), ("benchmark.md", describe_benchmark(found))):
-        partial = folder / f".{name}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_text(folder / name, text + "\n")
     plot_roofline(found, folder / "roofline.png")

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from par_diffusers._version import __version__
-from par_diffusers.folders import lock_folder, publish
+from par_diffusers.folders import lock_folder, publish, write_text
 from par_diffusers.pipelines import PARPipeline
 from par_diffusers.settings import SamplingSettings
 
@@ -170,9 +170,7 @@ def _write_manifest(output: Path, settings: SamplingSettings, facts: dict) -> No
         + (", after F.interpolate(mode='bicubic') without antialias" if settings.image_size_eval else ""),
         "versions": {"par_diffusers": __version__} | versions,
     }
-    partial = file.with_name(f".{MANIFEST}.partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, json.dumps(manifest, indent=1) + "\n")
 
 
 def _write_npz(file: Path, shards: list[Path]) -> None:
