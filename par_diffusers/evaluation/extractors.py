@@ -11,6 +11,7 @@ from torch import nn
 from par_diffusers.assets import embedded_model
 from par_diffusers.evaluation.judge import GlyphJudge
 from par_diffusers.evaluation.sources import hash_file
+from par_diffusers.sampling.sample import add_weights
 
 
 JUDGE = "glyphs-judge"
@@ -75,9 +76,7 @@ def module_extractor(network: nn.Module, name: str) -> Extractor:
 def hash_weights(network: nn.Module) -> str:
     """SHA-256 of names and values of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    add_weights(digest, network)
     return digest.hexdigest()
 
 

@@ -142,10 +142,15 @@ def _fingerprint(pipe: PARPipeline) -> str:
     plan = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     digest.update(json.dumps(plan, sort_keys=True).encode())
     for component in (pipe.transformer, pipe.vqvae):
-        for name, tensor in sorted(component.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        add_weights(digest, component)
     return digest.hexdigest()
+
+
+def add_weights(digest, component: torch.nn.Module) -> None:
+    """Feeds names and values of all weights to a hash of hashlib."""
+    for name, tensor in sorted(component.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _write_manifest(output: Path, settings: SamplingSettings, facts: dict) -> None:
