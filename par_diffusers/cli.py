@@ -17,6 +17,7 @@ from par_diffusers.settings import (
     EntropySettings,
     EvaluationSettings,
     ExtractionSettings,
+    LoadingSettings,
     SamplingSettings,
     TokenizerSettings,
     TrainingSettings,
@@ -45,10 +46,10 @@ def model_source(name: str) -> str | Path:
     return name if Path(name).exists() or "/" in name else embedded_model(name)
 
 
-def check_installed(package: str) -> None:
-    """Raises where an optional dependency of measuring is missing."""
+def check_installed(package: str, extra: str) -> None:
+    """Raises where an optional dependency is missing."""
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{package} is needed: pip install 'par_diffusers[evaluation]'.")
+        raise ValueError(f"{package} is needed: pip install 'par_diffusers[{extra}]'.")
 
 
 def _add_generate(commands) -> None:
@@ -79,14 +80,9 @@ def _add_generate(commands) -> None:
         "--seed", type=int, help="of the first image; image i uses seed + i (default: drawn and printed)"
     )
     add_options(parser, CallSettings, config=False)
+    add_options(parser, LoadingSettings, config=False)
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float32",
-        help="of the backbone (default: %(default)s)",
     )
     parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     parser.add_argument(
@@ -107,19 +103,19 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {args.output}.")
     call = read_settings(CallSettings, args).call_arguments()
+    loading = read_settings(LoadingSettings, args)
     import diffusers
     import torch
     import transformers
 
-    from par_diffusers.pipelines import PARPipeline
     from par_diffusers.sampling.generate import generate, lay_out, save_image, spell
+    from par_diffusers.sampling.loading import load_pipeline
 
     # the bars of loading; that of generating stays
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"transformer": getattr(torch, args.dtype), "default": torch.float32}
-    pipe = PARPipeline.from_pretrained(model_source(args.model), dtype=dtype).to(device)
+    pipe = load_pipeline(model_source(args.model), loading, device, args.batch_size)
     if args.text is not None:
         labels = spell(pipe, args.text)
     else:
@@ -182,7 +178,7 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     settings = read_settings(EvaluationSettings, args)
-    check_installed("torchmetrics")
+    check_installed("torchmetrics", "evaluation")
     from par_diffusers.evaluation.evaluate import describe_result, evaluate
 
     print(describe_result(evaluate(settings)))
@@ -206,7 +202,12 @@ def _add_benchmark(commands) -> None:
 def _benchmark(args: argparse.Namespace, argv: list[str]) -> None:
     settings = read_settings(BenchmarkSettings, args)
     if settings.output is not None:
-        check_installed("matplotlib")
+        check_installed("matplotlib", "evaluation")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     from par_diffusers.sampling.benchmark import benchmark, describe_benchmark, save_benchmark
 
     found = benchmark(settings)

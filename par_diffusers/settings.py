@@ -168,8 +168,23 @@ class CallSettings(_Settings):
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(CallSettings)}
 
 
+@dataclass(kw_only=True)
+class LoadingSettings(_Settings):
+    """How a pipeline runs; see [`~par_diffusers.sampling.loading.load_pipeline`]."""
+
+    dtype: str = option("float32", "of the backbone", ("float32", "float16", "bfloat16"))
+    quantization: str | None = option(
+        None, "of the backbone's weights, by torchao (default: none); --dtype is of the rest", ("int8",)
+    )
+    mode: str = option(
+        "eager",
+        "packed: weights laid out for a CPU; compiled: torch.compile, the first images wait for it",
+        ("eager", "packed", "compiled"),
+    )
+
+
 @dataclass
-class SamplingSettings(CallSettings):
+class SamplingSettings(CallSettings, LoadingSettings):
     """Settings of [`~par_diffusers.sampling.sample.sample`]."""
 
     model: str = option(MISSING, "pipeline folder, Hub repository or embedded model")
@@ -182,7 +197,6 @@ class SamplingSettings(CallSettings):
     image_size_eval: int | None = option(None, "resize to this side, as the published protocol (bicubic)", least=1)
     batch_size: int = option(32, "images at a time, for each process", least=1)
     shard_size: int = option(1000, "images of a shard", least=1)
-    dtype: str = option("float32", "of the backbone", ("float32", "float16", "bfloat16"))
     png: bool = option(False, "write the images as PNG files too")
     num_preview_images: int = option(64, "first images to show in preview.png, 0 for none", least=0)
 
@@ -223,9 +237,13 @@ class BenchmarkSettings(_Settings):
     grid_size: tuple[int, ...] = option((24, 24), "tokens: height width", least=1)
     batch_size: tuple[int, ...] = option((1,), "images at a time", least=1)
     dtype: tuple[str, ...] = option(("float32",), "of the backbone", ("float32", "float16", "bfloat16"))
+    quantization: tuple[str, ...] = option(("none",), "of the backbone's weights, by torchao", ("none", "int8"))
     mode: tuple[str, ...] = option(
-        ("eager",), "packed: see pack_linear_weights (CPU); compiled: torch.compile", ("eager", "packed", "compiled")
+        ("eager",),
+        "packed: weights laid out for a CPU; compiled: torch.compile",
+        ("eager", "packed", "compiled"),
     )
+    channels_last: bool = option(False, "the tokenizer's memory format")
     guidance: bool = option(True, "with classifier-free guidance, which doubles the work")
     warmup: int = option(1, "calls before those that count", least=0)
     repeats: int = option(3, "calls that count", least=1)

@@ -422,10 +422,18 @@ class PARPipeline(DiffusionPipeline):
         self._static_cache[1].reset()
         return self._static_cache[1]
 
-    def decode_latents(self, latents: torch.LongTensor) -> torch.Tensor:
-        """Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
-        shape = (*latents.shape, self.vqvae.quantize.vq_embed_dim)
-        return self.vqvae.decode(latents, force_not_quantize=True, shape=shape, return_dict=False)[0]
+    def decode_latents(self, latents: torch.LongTensor, decode_chunk_size: int | None = None) -> torch.Tensor:
+        """
+        Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]; `decode_chunk_size` images at a time, or as many as hold
+        4096 tokens, so that the memory of the tokenizer does not grow with the batch.
+        """
+        if decode_chunk_size is None:
+            decode_chunk_size = max(1, 4096 // latents[0].numel())
+        pixels = []
+        for chunk in latents.split(decode_chunk_size):
+            shape = (*chunk.shape, self.vqvae.quantize.vq_embed_dim)
+            pixels.append(self.vqvae.decode(chunk, force_not_quantize=True, shape=shape, return_dict=False)[0])
+        return torch.cat(pixels)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -450,6 +458,7 @@ class PARPipeline(DiffusionPipeline):
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
         guidance_interval: tuple[int, int] | None = None,
+        decode_chunk_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation.
@@ -483,6 +492,8 @@ class PARPipeline(DiffusionPipeline):
             guidance_interval (`tuple[int, int]`, *optional*):
                 How the guidance scale changes over the steps; see [`PARScheduler.guidance_at`]. Default to the
                 checkpoint's own.
+            decode_chunk_size (`int`, *optional*):
+                Images that the tokenizer decodes at a time. Defaults to as many as hold 4096 tokens.
 
         Examples:
 
@@ -491,14 +502,10 @@ class PARPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if (
-            not isinstance(num_images_per_prompt, int)
-            or isinstance(num_images_per_prompt, bool)
-            or num_images_per_prompt < 1
-        ):
-            raise ValueError(
-                f"`num_images_per_prompt` must be a whole number of at least 1, got {num_images_per_prompt!r}."
-            )
+        chunk = 1 if decode_chunk_size is None else decode_chunk_size
+        for name, count in (("num_images_per_prompt", num_images_per_prompt), ("decode_chunk_size", chunk)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
 
         # 1. Defaults of the checkpoint, and the plan
         defaults = self.scheduler.config
@@ -590,7 +597,8 @@ class PARPipeline(DiffusionPipeline):
         if output_type == "latent":
             image = latents
         else:
-            image = self.decode_latents(latents)
+            del past_key_values  # its memory is larger than all that decoding takes
+            image = self.decode_latents(latents, decode_chunk_size)
             image = self.image_processor.postprocess(image, output_type=output_type)
 
         # Offload all models

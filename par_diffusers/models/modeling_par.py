@@ -166,6 +166,8 @@ class PARAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
+        # fast kernels want heads of whole multiples of 8 and would copy the whole cache to widen it at each step
+        self.padding = -self.head_dim % 8
         self.is_causal = True
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
@@ -184,6 +186,8 @@ class PARAttention(nn.Module):
         query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.padding:
+            query, key, value = (F.pad(states, (0, self.padding)) for states in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -197,6 +201,7 @@ class PARAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        output = output[..., : self.head_dim]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -435,6 +440,8 @@ class PARForConditionalGeneration(PARPreTrainedModel):
             raise ValueError(
                 f"Weights are packed in float32 or bfloat16 on the CPU, the model is {self.dtype} on {self.device}."
             )
+        if getattr(self, "is_quantized", False):
+            raise ValueError("Weights are packed in float32 or bfloat16, those of the model are quantized.")
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 import transformers
 from accelerate.utils import tqdm
 from diffusers import VQModel
@@ -21,8 +20,9 @@ from par_diffusers.conversion.convert_llamagen import PUBLISHED_SIZES
 from par_diffusers.folders import write_text
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
+from par_diffusers.sampling.loading import int8_weights, load_pipeline, prepare
 from par_diffusers.schedulers import PARScheduler
-from par_diffusers.settings import BenchmarkSettings
+from par_diffusers.settings import BenchmarkSettings, LoadingSettings
 from par_diffusers.training.train import measured_tflops
 
 
@@ -98,6 +98,16 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Of a weight as it lies in memory, quantized ones with their scales."""
+    if isinstance(tensor, torch.nn.Parameter):
+        tensor = tensor.data
+    if type(tensor) is torch.Tensor:
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(getattr(tensor, name).nbytes for name in names)
+
+
 @dataclass
 class Work:
     """What the steps of a call must do, whoever does it: bytes to read and floating-point operations of each step."""
@@ -109,9 +119,9 @@ class Work:
     def of(cls, pipe: PARPipeline, streams: int) -> "Work":
         """Every weight but the embeddings is read once a step, and keys and values of all slots so far for each stream."""
         config, model = pipe.transformer.config, pipe.transformer
-        tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding))
-        weights = sum(p.numel() for p in model.parameters()) - tables
-        weight_bytes = sum(p.nbytes for p in model.parameters()) * weights / (weights + tables)
+        tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        weights = sum(p.numel() for p in model.parameters()) - sum(table.numel() for table in tables)
+        weight_bytes = sum(map(stored_bytes, model.parameters())) - sum(map(stored_bytes, tables))
         width = config.num_key_value_heads * config.head_dim
         slot_bytes = 2 * config.num_hidden_layers * width * model.dtype.itemsize
         found = cls([], [])
@@ -148,18 +158,39 @@ class PeakMemory:
             self.bytes = int(marks[0].split()[1]) * 1024 if marks else None
 
 
-def time_calls(pipe: PARPipeline, batch_size: int, guidance: bool, warmup: int, repeats: int) -> dict:
+def _draw(pipe: PARPipeline, batch_size: int, guidance_scale: float, **kwargs) -> torch.LongTensor:
+    """Tokens (batch_size, *grid_size) of the first classes, always from the same seed."""
+    labels = [i % pipe.transformer.config.num_classes for i in range(batch_size)]
+    generator = torch.Generator(pipe.device).manual_seed(0)
+    return pipe(labels, guidance_scale=guidance_scale, generator=generator, output_type="latent", **kwargs).images
+
+
+def token_agreement(pipe: PARPipeline, reference: torch.LongTensor, guidance_scale: float) -> float:
+    """
+    Share of tokens that `pipe` draws as in `reference` (batch_size, *grid_size), which `_draw` made with another pipeline:
+    from the same random numbers, and each given the reference's tokens before it.
+    """
+    same = []
+
+    def compare(pipe, step, timestep, tensors):
+        tokens = pipe.scheduler.step_tokens[step]
+        places = pipe.scheduler.token_order[tokens.start : tokens.stop]
+        same.append((tensors["latents"] == reference).flatten(1)[:, places])
+        return {"latents": reference}
+
+    _draw(pipe, len(reference), guidance_scale, callback_on_step_end=compare)
+    return torch.cat(same, dim=1).float().mean().item()
+
+
+def time_calls(pipe: PARPipeline, batch_size: int, guidance_scale: float, warmup: int, repeats: int) -> dict:
     """Seconds of tokens and of pixels of `repeats` calls after `warmup` others, and the peak of memory."""
     device = pipe.device
-    labels = [i % pipe.transformer.config.num_classes for i in range(batch_size)]
-    generator = torch.Generator(device).manual_seed(0)
-    scale = 2.0 if guidance else 1.0
     tokens, pixels = [], []
     with PeakMemory(device) as memory:
         for _ in range(warmup + repeats):
             _synchronize(device)
             started = time.perf_counter()
-            latents = pipe(labels, guidance_scale=scale, generator=generator, output_type="latent").images
+            latents = _draw(pipe, batch_size, guidance_scale)
             _synchronize(device)
             drawn = time.perf_counter()
             with torch.no_grad():
@@ -175,6 +206,26 @@ def time_calls(pipe: PARPipeline, batch_size: int, guidance: bool, warmup: int, 
     }
 
 
+def _pipeline(
+    model: str, loading: LoadingSettings, device: torch.device, num_parallel_tokens: int, grid_size: tuple[int, ...]
+) -> PARPipeline:
+    if model in _SIZES:
+        pipe = random_pipeline(model, num_parallel_tokens, grid_size)
+        pipe.transformer.to(getattr(torch, loading.dtype))
+        if loading.quantization is not None:
+            from torchao.quantization import quantize_
+
+            quantize_(pipe.transformer.model, int8_weights())  # like transformers, without the output head
+        pipe.to(device)
+    else:
+        pipe = load_pipeline(model_source(model), loading, device, batch_size=1)
+        pipe.scheduler = PARScheduler.from_config(
+            pipe.scheduler.config, num_parallel_tokens=num_parallel_tokens, region_grid=None, grid_size=grid_size
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def benchmark(settings: BenchmarkSettings) -> dict:
     """
     Times every combination of the settings' lists, one after the other, each after a warm-up, and relates it to the floor:
@@ -182,40 +233,40 @@ def benchmark(settings: BenchmarkSettings) -> dict:
     operations at the measured rate of a large matrix product, whichever is longer.
 
     Returns:
-        `dict`: `machine`, `rows`, `versions`. Times are medians in seconds; `spread` is the range over the median.
+        `dict`: `machine`, `rows`, `versions`. Times are medians in seconds; `spread` is the range over the median;
+        `agreement` the share of tokens drawn as by the same model in float32, where it is not a random one.
     """
     device = torch.device(
         settings.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     )
     machine = Machine.measure(device, settings.dtype)
-    rows = []
+    rows, references = [], {}
     combinations = list(
         itertools.product(
-            settings.model, settings.dtype, settings.mode, settings.batch_size, settings.num_parallel_tokens
+            settings.model,
+            settings.dtype,
+            settings.quantization,
+            settings.mode,
+            settings.batch_size,
+            settings.num_parallel_tokens,
         )
     )
-    for model, dtype, mode, batch_size, n in tqdm(combinations, desc="benchmark"):
-        if model not in _SIZES:
-            dtypes = {"transformer": getattr(torch, dtype), "default": torch.float32}
-            pipe = PARPipeline.from_pretrained(model_source(model), dtype=dtypes)
-            pipe.scheduler = PARScheduler.from_config(
-                pipe.scheduler.config, num_parallel_tokens=n, region_grid=None, grid_size=settings.grid_size
-            )
-        else:
-            pipe = random_pipeline(model, n, settings.grid_size)
-            pipe.transformer.to(getattr(torch, dtype))
-        pipe.to(device)
-        pipe.set_progress_bar_config(disable=True)
-        streams = batch_size * (2 if settings.guidance else 1)
-        work = Work.of(pipe, streams)
-        if mode == "packed":
-            pipe.transformer.pack_linear_weights(streams * n)
-        if mode == "compiled":
-            torch.compiler.reset()
-            pipe.transformer.compile(mode="reduce-overhead" if device.type == "cuda" else "default", fullgraph=True)
-        # compiled for a CPU, weights are packed too, where they are constants
-        with torch._inductor.config.patch(freezing=device.type == "cpu"):
-            found = time_calls(pipe, batch_size, settings.guidance, settings.warmup, settings.repeats)
+    for model, dtype, quantization, mode, batch_size, n in tqdm(combinations, desc="benchmark"):
+        loading = LoadingSettings(dtype=dtype, quantization=None if quantization == "none" else quantization)
+        pipe = _pipeline(model, loading, device, n, settings.grid_size)
+        scale = 2.0 if settings.guidance else 1.0
+        case = (model, batch_size, n)
+        if model not in _SIZES and case not in references:
+            plain = _pipeline(model, LoadingSettings(), device, n, settings.grid_size)
+            references[case] = _draw(plain, batch_size, scale)
+            del plain
+        if settings.channels_last:
+            pipe.vqvae.to(memory_format=torch.channels_last)
+        work = Work.of(pipe, batch_size * (2 if settings.guidance else 1))
+        torch.compiler.reset()
+        prepare(pipe, mode, batch_size)
+        found = time_calls(pipe, batch_size, scale, settings.warmup, settings.repeats)
+        agreement = token_agreement(pipe, references[case], scale) if case in references else None
         floor = work.floor(machine, dtype)
         tokens, pixels = statistics.median(found["token_seconds"]), statistics.median(found["pixel_seconds"])
         totals = [sum(pair) for pair in zip(found["token_seconds"], found["pixel_seconds"], strict=True)]
@@ -225,6 +276,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
             {
                 "model": model,
                 "dtype": dtype,
+                "quantization": quantization,
                 "mode": mode,
                 "batch_size": batch_size,
                 "num_parallel_tokens": n,
@@ -241,6 +293,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
                 "flops": sum(work.flops),
                 "floor_seconds": floor,
                 "share_of_floor": floor / tokens,
+                "agreement": agreement,
             }
         )
         del pipe
@@ -254,6 +307,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
         },
         "guidance": settings.guidance,
         "grid_size": list(settings.grid_size),
+        "channels_last": settings.channels_last,
         "warmup": settings.warmup,
         "repeats": settings.repeats,
         "rows": rows,
@@ -267,7 +321,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
 
 def _compare_with_one_token(rows: list[dict]) -> None:
     """`speedup`: how much faster than the row of the same model and settings with one token a step."""
-    same = ("model", "dtype", "mode", "batch_size")
+    same = ("model", "dtype", "quantization", "mode", "batch_size")
     ones = {tuple(row[name] for name in same): row for row in rows if row["num_parallel_tokens"] == 1}
     for row in rows:
         one = ones.get(tuple(row[name] for name in same))
@@ -277,6 +331,7 @@ def _compare_with_one_token(rows: list[dict]) -> None:
 _COLUMNS = {
     "model": lambda row: row["model"],
     "dtype": lambda row: row["dtype"],
+    "weights": lambda row: row["dtype"] if row["quantization"] == "none" else row["quantization"],
     "mode": lambda row: row["mode"],
     "batch": lambda row: str(row["batch_size"]),
     "n": lambda row: str(row["num_parallel_tokens"]),
@@ -290,6 +345,7 @@ _COLUMNS = {
     "floor s": lambda row: f"{row['floor_seconds']:.3f}",
     "of floor": lambda row: f"{row['share_of_floor']:.0%}",
     "speed-up": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+    "same tokens": lambda row: "" if row["agreement"] is None else f"{row['agreement']:.1%}",
 }
 
 
@@ -330,9 +386,8 @@ def plot_roofline(found: dict, file: Path) -> None:
         axes.plot(span, torch.minimum(span * machine["bandwidth"], torch.tensor(rate)) / 1e9, label=f"roof, {dtype}")
     for row, intensity in zip(found["rows"], intensities, strict=True):
         axes.scatter(intensity, row["flops"] / row["token_seconds"] / 1e9, s=30, color="black", zorder=3)
-        name = (
-            f"{row['model']} {row['num_parallel_tokens']}x, batch {row['batch_size']}, {row['dtype']}, {row['mode']}"
-        )
+        weights = _COLUMNS["weights"](row)
+        name = f"{row['model']} {row['num_parallel_tokens']}x, batch {row['batch_size']}, {weights}, {row['mode']}"
         axes.annotate(
             name,
             (intensity, row["flops"] / row["token_seconds"] / 1e9),

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from par_diffusers._version import __version__
 from par_diffusers.folders import lock_folder, publish, write_text
 from par_diffusers.pipelines import PARPipeline
+from par_diffusers.sampling.loading import load_pipeline
 from par_diffusers.settings import SamplingSettings
 
 
@@ -79,8 +80,7 @@ def sample(settings: SamplingSettings) -> Path:
     ```
     """
     accelerator = Accelerator()
-    dtype = {"transformer": getattr(torch, settings.dtype), "default": torch.float32}
-    pipe = PARPipeline.from_pretrained(settings.model, dtype=dtype).to(accelerator.device)
+    pipe = load_pipeline(settings.model, settings, accelerator.device, settings.batch_size)
     pipe.set_progress_bar_config(disable=True)
     image_labels(pipe, settings.labels, settings.seed, range(1))  # an unknown label stops before the first image
     pipe.scheduler.check_sampling(**_resolved(pipe, settings))

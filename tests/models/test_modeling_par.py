@@ -1,8 +1,9 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache, TorchAoConfig
 
 from par_diffusers import PARConfig, PARForConditionalGeneration, PARModel, PARScheduler
+from par_diffusers.sampling.loading import int8_weights
 
 
 PLANS = {
@@ -433,3 +434,25 @@ def test_packed_weights_multiply_as_before_and_save_as_before(dtype, make_model,
 def test_only_what_can_be_packed_is(make_model):
     with pytest.raises(ValueError, match="float32 or bfloat16 on the CPU, the model is torch.float64"):
         make_model().double().pack_linear_weights()
+
+
+@pytest.mark.parametrize("heads, widths", [(4, {16}), (6, {8}), (2, {24}), (3, {16})])
+def test_attention_runs_on_heads_of_whole_multiples_of_eight(heads, widths, make_model):
+    scheduler, model, grid = build(
+        "4 parallel tokens", make_model, num_attention_heads=heads, num_key_value_heads=heads
+    )
+    inputs = {"class_labels": torch.tensor([3, 8]), **scheduler.model_inputs(grid, 32)}
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        assert {layer.keys.shape[-1] for layer in output.past_key_values.layers} == widths
+        for layer in model.model.layers:
+            layer.self_attn.padding = 0
+        assert torch.allclose(model(**inputs).logits, output.logits, atol=1e-5)
+
+
+def test_quantized_weights_are_not_packed(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    quantization = TorchAoConfig(int8_weights())
+    model = PARForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantization)
+    with pytest.raises(ValueError, match="those of the model are quantized"):
+        model.pack_linear_weights()

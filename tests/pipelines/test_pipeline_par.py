@@ -3,6 +3,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from accelerate import cpu_offload
 from diffusers import VQModel
 from diffusers.callbacks import PipelineCallback
@@ -27,6 +28,7 @@ def test_call_signature_is_the_documented_one():
         "class_labels", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "temperature", "top_k", "top_p",
         "generator", "latents", "output_type", "return_dict", "callback_on_step_end",
         "callback_on_step_end_tensor_inputs", "guidance_schedule", "guidance_power", "guidance_interval",
+        "decode_chunk_size",
     ]  # fmt: skip
 
 
@@ -42,6 +44,18 @@ def test_output_types(pipe):
     assert grid.shape == (2, 4, 4) and grid.dtype == torch.long
     decoded = pipe.vqvae.decode(grid, force_not_quantize=True, shape=(2, 4, 4, 4)).sample
     assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1), tensors)
+
+
+def test_the_tokenizer_decodes_in_chunks(pipe):
+    sizes = []
+    pipe.vqvae.decoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    latents = torch.randint(32, (5, 4, 4), generator=torch.Generator().manual_seed(0))
+    whole = pipe([1] * 5, generator=seeded(*range(5)), output_type="pt").images
+    assert sizes == [5]
+    chunked = pipe([1] * 5, generator=seeded(*range(5)), output_type="pt", decode_chunk_size=2).images
+    assert sizes[1:] == [2, 2, 1] and torch.allclose(whole, chunked, atol=1e-5)
+    pipe.decode_latents(latents.repeat(60, 1, 1))
+    assert sizes[4:] == [256, 44]  # 4096 tokens at a time
 
 
 def test_return_dict_false_gives_a_tuple_of_the_same(pipe):
@@ -322,6 +336,7 @@ def test_vqvae_without_an_own_embedding_width_decodes(pipe):
         ({"guidance_interval": (1, 2, 3)}, "guidance_interval.*two steps"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt.*got 0"),
         ({"num_images_per_prompt": 1.0}, "num_images_per_prompt"),
+        ({"decode_chunk_size": 0}, "decode_chunk_size.*got 0"),
         ({"num_inference_steps": 8}, "num_inference_steps.*7"),
         ({"latents": torch.zeros(2, 4, 4)}, "latents.*torch.long.*float32"),
         ({"latents": torch.zeros(1, 4, 4, dtype=torch.long)}, r"latents.*\(2, 4, 4\).*\(1, 4, 4\)"),
@@ -417,3 +432,16 @@ def test_a_compiled_transformer_draws_the_same_with_a_graph_for_each_kind_of_ste
     for pair, tokens in zip(labels, expected, strict=True):
         assert pipe(pair, generator=torch.Generator().manual_seed(7), output_type="latent").images.equal(tokens)
     assert len(compiled) == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freezing", [False, True])
+def test_the_compiler_draws_the_same_tokens_in_float32(freezing, make_pipeline):
+    pipe = make_pipeline()
+    labels = [[3, 8], [1, 1], [0, 5]]
+    expected = [tokens(pipe, pair, generator=torch.Generator().manual_seed(7)) for pair in labels]
+    torch._dynamo.reset()
+    pipe.transformer.compile(fullgraph=True)
+    with torch._inductor.config.patch(freezing=freezing):
+        found = [tokens(pipe, pair, generator=torch.Generator().manual_seed(7)) for pair in labels]
+    assert all(map(torch.equal, found, expected))

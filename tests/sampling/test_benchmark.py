@@ -5,7 +5,7 @@ import torch
 
 from par_diffusers import PARPipeline, PARScheduler
 from par_diffusers.cli import main
-from par_diffusers.sampling.benchmark import Machine, Work, random_pipeline
+from par_diffusers.sampling.benchmark import Machine, Work, random_pipeline, token_agreement
 
 
 @pytest.fixture
@@ -44,6 +44,34 @@ def test_packed_and_eager_rows_do_the_same_work(folder, tmp_path):
     eager, packed = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
     assert (eager["mode"], packed["mode"]) == ("eager", "packed")
     assert eager["bytes"] == packed["bytes"] and eager["flops"] == packed["flops"]
+
+
+def test_quantized_rows_read_less_and_say_how_many_tokens_stay(folder, tmp_path):
+    words = [
+        "--grid-size",
+        "4",
+        "4",
+        "--num-parallel-tokens",
+        "4",
+        "--quantization",
+        "none",
+        "int8",
+        "--device",
+        "cpu",
+    ]
+    main(["benchmark", "--model", str(folder), *words, "--repeats", "1", "--output", str(tmp_path / "out")])
+    plain, quantized = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert plain["agreement"] == 1 and 0.7 < quantized["agreement"] <= 1
+    assert plain["bytes"] / 4 < quantized["bytes"] < plain["bytes"] / 2
+
+
+def test_tokens_that_differ_are_counted(make_pipeline):
+    pipe, other = make_pipeline(), make_pipeline(seed=1)
+    reference = pipe([0, 1], generator=torch.Generator().manual_seed(0), output_type="latent").images
+    assert token_agreement(pipe, reference, 1.5) == 1
+    assert token_agreement(other, reference, 1.5) < 0.5
+    pipe.scheduler.register_to_config(temperature=0)
+    assert token_agreement(pipe, reference, 1.5) < 1
 
 
 def test_work_is_weights_once_a_step_and_the_cache_so_far(folder):
