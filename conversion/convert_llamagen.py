@@ -1,5 +1,5 @@
 # Copyright 2026 The par_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Converts published PAR and LlamaGen checkpoints, class-conditional models and VQ tokenizers, to a pipeline folder.
+"""Converts published PAR and LlamaGen checkpoints, class- or text-conditional, with VQ tokenizers, to a pipeline folder.
 
     python -m par_diffusers.conversion.convert_llamagen --checkpoint PAR-XL-4x.pt --vq-checkpoint vq_ds16_c2i.pt \
         --output par-xl-4x
@@ -16,16 +16,18 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from transformers import AutoTokenizer, T5EncoderModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
-from par_diffusers.pipelines import PARPipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
 from par_diffusers.schedulers import PARScheduler
 
 
@@ -53,6 +55,9 @@ PUBLISHED_GUIDANCE = {
     ("XXL", 1): 1.75,
     ("3B", 1): 1.65,
 }
+# LlamaGen's text-conditional models (sample_t2i.py)
+PUBLISHED_TEXT_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}
+CLASS_MODEL, TEXT_MODEL, TOKENIZER = "a class-conditional model", "a text-conditional model", "a VQ tokenizer"
 DTYPES = ("float32", "float16", "bfloat16")
 SHARD_SIZE = 1 << 30  # bytes of the tensors held in memory at a time
 LABELS = Path(__file__).parent.parent / "par_diffusers" / "assets" / "imagenet_labels.json"
@@ -95,20 +100,19 @@ def load_state_dict(file: str | Path) -> dict[str, torch.Tensor]:
 
 def _kind(state_dict: dict[str, torch.Tensor]) -> str:
     if "quantize.embedding.weight" in state_dict:
-        return "a VQ tokenizer"
+        return TOKENIZER
     if "cls_embedding.cap_proj.fc1.weight" in state_dict:
-        return "a text-conditional model"
+        return TEXT_MODEL
     if "tok_embeddings.weight" in state_dict:
-        return "a class-conditional model"
+        return CLASS_MODEL
     return "neither a PAR or LlamaGen model nor a VQ tokenizer"
 
 
-def _load_kind(file: str | Path, kind: str, argument: str) -> dict[str, torch.Tensor]:
+def _load_kind(file: str | Path, kinds: tuple[str, ...], argument: str) -> dict[str, torch.Tensor]:
     state_dict = load_state_dict(file)
     found = _kind(state_dict)
-    if found != kind:
-        later = " (text-conditional checkpoints cannot be converted yet)" if found.startswith("a text") else ""
-        raise ValueError(f"`{argument}` must be {kind}, `{file}` is {found}{later}.")
+    if found not in kinds:
+        raise ValueError(f"`{argument}` must be {' or '.join(kinds)}, `{file}` is {found}.")
     return state_dict
 
 
@@ -120,7 +124,7 @@ def _tensor(state_dict: dict[str, torch.Tensor], name: str, ndim: int) -> torch.
 
 
 def model_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int | None = None) -> PARConfig:
-    """Sizes of a class-conditional checkpoint, read off its tensors; the heads come from `PUBLISHED_SIZES` unless given."""
+    """Sizes of a checkpoint, read off its tensors; the heads come from `PUBLISHED_SIZES` unless given."""
     vocab_size, hidden_size = _tensor(state_dict, "tok_embeddings.weight", 2).shape
     layers = {int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in state_dict) if match}
     num_layers = max(layers, default=-1) + 1
@@ -139,9 +143,14 @@ def model_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int |
     # (heads + 2 * key-value heads) * head width
     num_key_value_heads = (rows * num_attention_heads // hidden_size - num_attention_heads) // 2
     learnable = state_dict.get("spe_tok_embeddings.special_embeddings.weight")
+    if _kind(state_dict) == CLASS_MODEL:
+        condition = {"num_classes": _tensor(state_dict, "cls_embedding.embedding_table.weight", 2).shape[0] - 1}
+    else:
+        length, channels = _tensor(state_dict, "cls_embedding.uncond_embedding", 2).shape
+        condition = {"condition": "caption", "caption_length": length, "caption_channels": channels}
     return PARConfig(
+        **condition,
         vocab_size=vocab_size,
-        num_classes=_tensor(state_dict, "cls_embedding.embedding_table.weight", 2).shape[0] - 1,
         num_learnable_tokens=0 if learnable is None else len(learnable),
         hidden_size=hidden_size,
         intermediate_size=_tensor(state_dict, "layers.0.feed_forward.w1.weight", 2).shape[0],
@@ -152,6 +161,12 @@ def model_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int |
     )
 
 
+_CONDITION_SOURCES = {
+    "model.embed_condition.embedding.weight": "cls_embedding.embedding_table.weight",
+    "model.embed_condition.null_features": "cls_embedding.uncond_embedding",
+    "model.embed_condition.fc1.weight": "cls_embedding.cap_proj.fc1.weight",
+    "model.embed_condition.fc2.weight": "cls_embedding.cap_proj.fc2.weight",
+}
 _LAYER_SOURCES = {
     "self_attn.o_proj": "attention.wo",
     "mlp.gate_proj": "feed_forward.w1",
@@ -168,8 +183,8 @@ def _sources(name: str, config: PARConfig) -> tuple[list[str], slice]:
     if name == "model.embed_tokens.weight":
         learnable = ["spe_tok_embeddings.special_embeddings.weight"] if config.num_learnable_tokens else []
         return ["tok_embeddings.weight", *learnable], whole
-    if name == "model.embed_condition.embedding.weight":
-        return ["cls_embedding.embedding_table.weight"], whole
+    if name in _CONDITION_SOURCES:
+        return [_CONDITION_SOURCES[name]], whole
     if name == "lm_head.weight":
         return ["output.weight"], whole
     name = name.removeprefix("model.")
@@ -278,7 +293,7 @@ def convert_vq(file: str | Path, sample_size: int) -> VQModel:
 
     The published code normalises the codebook whenever it is used; here it is normalised once.
     """
-    state_dict = _load_kind(file, "a VQ tokenizer", "vq_checkpoint")
+    state_dict = _load_kind(file, (TOKENIZER,), "vq_checkpoint")
     state_dict.pop("quantize.codebook_used", None)  # usage statistics of training
     levels = 0
     while f"encoder.conv_blocks.{levels}.res.0.conv1.weight" in state_dict:
@@ -342,6 +357,21 @@ def read_labels(file: str | Path, num_classes: int | None = None, argument: str 
     return {str(i): names[str(i)].strip() for i in range(num_classes)}
 
 
+def load_text_encoder(source: str | Path, config: PARConfig) -> dict[str, Any]:
+    """`text_encoder` and `tokenizer` of a T5 that fits the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        encoder = T5EncoderModel.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`text_encoder`: `{source}` is not a T5 with a tokenizer: {error}") from None
+    if encoder.config.d_model != config.caption_channels:
+        raise ValueError(
+            f"`text_encoder` must have features of width {config.caption_channels}, `{source}` has "
+            f"{encoder.config.d_model}."
+        )
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
+
+
 def convert_llamagen_checkpoint(
     checkpoint: str | Path,
     vq_checkpoint: str | Path,
@@ -352,10 +382,12 @@ def convert_llamagen_checkpoint(
     dtype: str | torch.dtype | None = None,
     guidance_scale: float | None = None,
     labels: str | Path | None = None,
+    text_encoder: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """
-    Converts a class-conditional PAR or LlamaGen checkpoint and its VQ tokenizer to a pipeline folder.
+    Converts a PAR or LlamaGen checkpoint and its VQ tokenizer to a pipeline folder: of [`PARPipeline`] where the model is
+    class-conditional, of [`PARTextToImagePipeline`] where it is text-conditional.
 
     Args:
         checkpoint (`str` or `Path`): The published `.pt` of the model.
@@ -368,6 +400,9 @@ def convert_llamagen_checkpoint(
         guidance_scale (`float`, *optional*):
             Default of the pipeline. Defaults to the published value of the size, or 1 (none) where there is no such value.
         labels (`str` or `Path`, *optional*): File of class names. ImageNet's for 1,000 classes unless given.
+        text_encoder (`str` or `Path`, *optional*):
+            Folder or Hub repository of the T5 whose encoder and tokenizer the folder gets (LlamaGen's is flan-t5-xl). Without
+            it, prompts come as embeddings.
         overwrite (`bool`, defaults to `False`): Whether to replace a folder that is not empty.
 
     Returns:
@@ -395,10 +430,14 @@ def convert_llamagen_checkpoint(
             raise ValueError(f"`dtype` must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}.")
         dtype = getattr(torch, dtype)
 
-    state_dict = _load_kind(checkpoint, "a class-conditional model", "checkpoint")
+    state_dict = _load_kind(checkpoint, (CLASS_MODEL, TEXT_MODEL), "checkpoint")
     config = model_config(state_dict, num_attention_heads)
     size = PUBLISHED_SIZES.get((config.num_hidden_layers, config.hidden_size), ("", 0))[0]
     del state_dict
+    if config.condition == "caption" and labels is not None:
+        raise ValueError(f"`labels` goes with class-conditional models, `{checkpoint}` is {TEXT_MODEL}.")
+    if config.condition == "class" and text_encoder is not None:
+        raise ValueError(f"`text_encoder` goes with text-conditional models, `{checkpoint}` is {CLASS_MODEL}.")
     vqvae = convert_vq(vq_checkpoint, image_size)
     if vqvae.config.num_vq_embeddings != config.vocab_size:
         raise ValueError(
@@ -409,16 +448,22 @@ def convert_llamagen_checkpoint(
     if image_size < 1 or image_size % factor:
         raise ValueError(f"`image_size` (--image-size) must be a multiple of {factor}, got {image_size}.")
     n = config.num_learnable_tokens + 1
-    if guidance_scale is None:
-        guidance_scale = PUBLISHED_GUIDANCE.get((size, n), 1.0)
+    sampling = {"guidance_scale": PUBLISHED_GUIDANCE.get((size, n), 1.0)}
+    if config.condition == "caption":
+        sampling = dict(PUBLISHED_TEXT_SAMPLING)
+    if guidance_scale is not None:
+        sampling["guidance_scale"] = guidance_scale
     try:
-        scheduler = PARScheduler((image_size // factor,) * 2, num_parallel_tokens=n)
+        scheduler = PARScheduler(
+            (image_size // factor,) * 2, num_parallel_tokens=n, prefix_length=config.num_condition_slots
+        )
     except ValueError as error:
         raise ValueError(f"`image_size` (--image-size) {image_size} gives a grid that does not fit: {error}") from None
-    scheduler = PARScheduler.from_config(scheduler.config, guidance_scale=guidance_scale)
-    if labels is None and config.num_classes == 1000:
+    scheduler = PARScheduler.from_config(scheduler.config, **sampling)
+    if labels is None and config.condition == "class" and config.num_classes == 1000:
         labels = LABELS
     id2label = read_labels(labels, config.num_classes) if labels is not None else None
+    encoder = {} if text_encoder is None else load_text_encoder(text_encoder, config)
 
     with torch.device("meta"):
         model = PARForConditionalGeneration(config)
@@ -429,7 +474,13 @@ def convert_llamagen_checkpoint(
         write_transformer(checkpoint, model, folder / "transformer", dtype)
         vqvae.save_pretrained(folder / "vqvae")
         scheduler.save_pretrained(folder / "scheduler")
-        PARPipeline(model, vqvae, scheduler, id2label=id2label).save_config(folder)
+        for name, component in encoder.items():
+            component.save_pretrained(folder / name)
+        if config.condition == "class":
+            pipe = PARPipeline(model, vqvae, scheduler, id2label=id2label)
+        else:
+            pipe = PARTextToImagePipeline(model, vqvae, scheduler, **encoder)
+        pipe.save_config(folder)
         if output.is_dir():
             output.rename(Path(scratch) / "replaced")
         folder.rename(output)

@@ -20,6 +20,7 @@ _LAZY = {
     "PARForConditionalGeneration": "models",
     "PARModel": "models",
     "PARPipeline": "pipelines",
+    "PARTextToImagePipeline": "pipelines",
     "PARScheduler": "schedulers",
     "convert_llamagen_checkpoint": "conversion",
     "embedded_model": "assets",

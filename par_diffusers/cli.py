@@ -220,10 +220,12 @@ def _add_convert(commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="a published checkpoint to a pipeline folder",
-        description="Converts a class-conditional PAR or LlamaGen checkpoint and its VQ tokenizer to a pipeline folder.",
+        description="Converts a PAR or LlamaGen checkpoint and its VQ tokenizer to a pipeline folder.",
         epilog="""examples:
   par-diffusers convert --checkpoint PAR-XL-4x.pt --vq-checkpoint vq_ds16_c2i.pt --output par-xl-4x
-  par-diffusers convert --checkpoint c2i_B_256.pt --vq-checkpoint vq_ds16_c2i.pt --output llamagen-b --image-size 256""",
+  par-diffusers convert --checkpoint c2i_B_256.pt --vq-checkpoint vq_ds16_c2i.pt --output llamagen-b --image-size 256
+  par-diffusers convert --checkpoint t2i_XL_stage1_256.pt --vq-checkpoint vq_ds16_t2i.pt --output llamagen-t2i-256 \\
+      --image-size 256 --text-encoder google/flan-t5-xl""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="published .pt of the model")
@@ -238,6 +240,11 @@ def _add_convert(commands) -> None:
     parser.add_argument(
         "--labels", metavar="FILE", help="class names, JSON or one a line (default: ImageNet's for 1,000)"
     )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="text-conditional models: folder or Hub repository of the T5 to put into the folder, or none (the default)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     parser.set_defaults(run=_convert)
 
@@ -247,6 +254,8 @@ def _convert(args: argparse.Namespace, argv: list[str]) -> None:
     from par_diffusers.schedulers import PARScheduler
 
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    if options["text_encoder"] == "none":
+        options["text_encoder"] = None
     folder = convert_llamagen_checkpoint(**options)
     scheduler = PARScheduler.from_pretrained(folder, subfolder="scheduler")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

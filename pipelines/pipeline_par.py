@@ -7,6 +7,7 @@ This file travels inside checkpoints: it imports the standard library, torch, di
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ EXAMPLE_DOC_STRING = """
 CARD = """
 # Images by parallelized autoregressive generation
 
-Class-conditional images by **PAR**, parallelized autoregressive visual generation ([arXiv 2412.15119](https://arxiv.org/abs/2412.15119)).
+{kind} images by **PAR**, parallelized autoregressive visual generation ([arXiv 2412.15119](https://arxiv.org/abs/2412.15119)).
 The token grid is cut into regions; the first token of each region is sampled one by one, then the tokens at the same
 place of all regions are sampled in one step. This model takes {num_steps} steps for {num_tokens} tokens.
 {samples}
@@ -58,10 +59,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-images = pipe(class_labels={labels}, generator=torch.Generator().manual_seed(0)).images
+images = pipe({arguments}, generator=torch.Generator().manual_seed(0)).images
 ```
 
-With the package par_diffusers installed, `PARPipeline.from_pretrained("{repo_id}")` does the
+With the package par_diffusers installed, `{class_name}.from_pretrained("{repo_id}")` does the
 same with the code of the package.
 
 ## Model
@@ -71,7 +72,7 @@ same with the code of the package.
 | parameters | {parameters} backbone, {vq_parameters} tokenizer |
 | decoder | {layers} layers, width {width}, {heads} heads |
 | vocabulary | {vocab_size} codes |
-| classes | {num_classes} |
+{condition}
 | image | {image_size} pixels |
 
 ## Token plan
@@ -87,6 +88,15 @@ same with the code of the package.
 
 Defaults of the call: guidance scale {guidance_scale}, temperature {temperature}, top-k {top_k}, top-p {top_p}.
 """
+
+
+def travelling_source(file: str) -> str:
+    """The text of a module as it travels, alone: what it imports from siblings stands in the place of the import."""
+    text = Path(file).read_text(encoding="utf-8")
+    siblings = r"^from \.(\w+) import .*\n"
+    return re.sub(
+        siblings, lambda found: travelling_source(Path(file).with_name(f"{found[1]}.py")), text, flags=re.MULTILINE
+    )
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -113,50 +123,25 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class PARPipeline(DiffusionPipeline):
-    r"""
-    Pipeline for class-conditional images by parallelized autoregressive generation (PAR).
-
-    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
-    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+class PARPipelineBase(DiffusionPipeline):
+    """
+    What the pipelines of PAR share: the loop of steps, checks, and folders that carry their own code.
 
     Args:
-        transformer ([`PARForConditionalGeneration`]): The autoregressive backbone.
-        vqvae ([`VQModel`]): The tokenizer whose decoder turns tokens into pixels.
-        scheduler ([`PARScheduler`]): Plans the tokens and samples them.
-        id2label (`dict[str, str]`, *optional*):
-            Class id (as a string, as JSON has it) to label; several names of one class are separated by commas.
-        card_data (`dict`, *optional*):
-            Front matter of the model card beside what the pipeline knows itself: `license`, `datasets`, `base_model`, ...
+        components: The modules by name; `transformer`, `vqvae` and `scheduler` among them.
     """
 
-    model_cpu_offload_seq = "transformer->vqvae"
     _callback_tensor_inputs = ["latents"]
-    # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
-    _source = Path(__file__).read_text(encoding="utf-8")
+    _output_types = ("pil", "np", "pt", "latent")
     # class name -> class, filled by the installed package; empty in a copy that travels with a checkpoint
     _package_components: dict = {}
 
-    def __init__(
-        self,
-        transformer: PreTrainedModel,
-        vqvae: VQModel,
-        scheduler: SchedulerMixin,
-        id2label: dict | None = None,
-        card_data: dict | None = None,
-    ):
+    def __init__(self, **components):
         super().__init__()
-        self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label, card_data=card_data)
+        self.register_modules(**components)
         has_vqvae = getattr(self, "vqvae", None) is not None
         self.vae_scale_factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1) if has_vqvae else 16
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        ids = {}
-        for key, value in (id2label or {}).items():
-            for name in {value, *(part.strip() for part in value.split(","))}:
-                ids.setdefault(name, []).append(int(key))
-        self.labels = {name: found[0] for name, found in sorted(ids.items()) if len(found) == 1}
-        self._ambiguous_labels = {name: found for name, found in ids.items() if len(found) > 1}
         self._static_cache = None
 
     # Folders that carry their own code: see docs/conversion.md for what each file is for.
@@ -205,9 +190,7 @@ class PARPipeline(DiffusionPipeline):
     @staticmethod
     def _export_source(cls: type, folder: Path) -> list[str]:
         module = cls.__module__.split(".")[-1]
-        source = getattr(cls, "_source", None) or Path(sys.modules[cls.__module__].__file__).read_text(
-            encoding="utf-8"
-        )
+        source = vars(cls).get("_source") or Path(sys.modules[cls.__module__].__file__).read_text(encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{module}.py").write_text(source, encoding="utf-8")
         return [module, cls.__name__]
@@ -222,13 +205,15 @@ class PARPipeline(DiffusionPipeline):
         config = self.transformer.config
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # with the plan of its own grid
         height, width = (side * self.vae_scale_factor for side in scheduler.grid_size[-2:])
-        known = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "license": "unknown"}
-        known["tags"] = ["par", "autoregressive", "class-conditional", "diffusers:" + type(self).__name__]
+        facts = self._card_facts()
+        known = {"library_name": "diffusers", "pipeline_tag": facts["pipeline_tag"], "license": "unknown"}
+        known["tags"] = ["par", "autoregressive", facts["kind"].lower(), "diffusers:" + type(self).__name__]
         known["metrics"] = ["fid", "inception_score"]
         text = CARD.format(
             repo_id=repo_id,
             samples="\n![samples](samples.png)\n" if (folder / "samples.png").exists() else "",
-            labels=[next(iter(self.labels), 0)],
+            class_name=type(self).__name__,
+            **{name: facts[name] for name in ("kind", "condition", "arguments")},
             num_tokens=math.prod(scheduler.grid_size),
             num_steps=scheduler.num_inference_steps,
             parameters=f"{self.transformer.num_parameters() / 1e6:.1f} M",
@@ -237,7 +222,6 @@ class PARPipeline(DiffusionPipeline):
             width=config.hidden_size,
             heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
-            num_classes=config.num_classes,
             image_size=f"{height} x {width}",
             grid=" x ".join(map(str, scheduler.grid_size)),
             region_grid=" x ".join(map(str, scheduler.region_grid)),
@@ -287,6 +271,251 @@ class PARPipeline(DiffusionPipeline):
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        num_images_per_prompt: int,
+        sampling: dict,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.LongTensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+        decode_chunk_size: int | None,
+    ):
+        if output_type not in self._output_types:
+            allowed = ", ".join(map(repr, self._output_types[:-1]))
+            raise ValueError(f"`output_type` must be {allowed} or {self._output_types[-1]!r}, got {output_type!r}.")
+        self.scheduler.check_sampling(**sampling)
+        chunk = 1 if decode_chunk_size is None else decode_chunk_size
+        for name, count in (("num_images_per_prompt", num_images_per_prompt), ("decode_chunk_size", chunk)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
+        batch_size = batch_size * num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(g is None or isinstance(g, torch.Generator) for g in generators) or None in generators[1:]:
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one generator or a list of {batch_size}, one for each image, got {len(generator)}."
+            )
+        config, grid_size = self.transformer.config, self.scheduler.grid_size
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or latents.dtype != torch.long:
+                found = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise ValueError(f"`latents` must be a torch.long tensor of token ids, got {found}.")
+            if tuple(latents.shape) != (batch_size, *grid_size):
+                raise ValueError(
+                    f"`latents` must have the shape {(batch_size, *grid_size)}, got {tuple(latents.shape)}."
+                )
+            if latents.min() < 0 or latents.max() >= config.vocab_size:
+                raise ValueError(
+                    f"`latents` must be token ids from 0 to {config.vocab_size - 1}, got {latents.min()} to {latents.max()}."
+                )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
+            )
+        # components that a user has exchanged
+        for name, value, allowed in (
+            ("transformer.config.condition", config.condition, self._condition),
+            ("scheduler.config.prefix_length", self.scheduler.config.prefix_length, config.num_condition_slots),
+            ("transformer.config.rope_axes", config.rope_axes, len(grid_size)),
+            ("vqvae.config.num_vq_embeddings", self.vqvae.config.num_vq_embeddings, config.vocab_size),
+        ):
+            if value != allowed:
+                raise ValueError(f"`{name}` must be {allowed!r} in this pipeline, got {value!r}.")
+        if self.scheduler.num_learnable_tokens > config.num_learnable_tokens:
+            raise ValueError(
+                f"`scheduler.config.num_parallel_tokens` must be at most {config.num_learnable_tokens + 1}, one more than "
+                f"the learnable tokens of the transformer, got {self.scheduler.config.num_parallel_tokens}."
+            )
+
+    def prepare_timesteps(
+        self, num_inference_steps: int | None, height: int | None, width: int | None, device: torch.device
+    ) -> torch.LongTensor:
+        """The plan for images of `height` x `width` pixels; None takes the size that the checkpoint was made for."""
+        grid_size = list(self.scheduler.config.grid_size)
+        for axis, name, size in ((-2, "height", height), (-1, "width", width)):
+            if size is None:
+                continue
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % self.vae_scale_factor:
+                raise ValueError(f"`{name}` must be a multiple of {self.vae_scale_factor} pixels, got {size!r}.")
+            grid_size[axis] = size // self.vae_scale_factor
+        self.scheduler.set_timesteps(num_inference_steps, device=device, grid_size=grid_size)
+        return self.scheduler.timesteps
+
+    def prepare_latents(
+        self, batch_size: int, device: torch.device, latents: torch.LongTensor | None = None
+    ) -> torch.LongTensor:
+        """The token grid (batch_size, *grid_size) that the steps fill."""
+        if latents is not None:
+            return latents.to(device)
+        return torch.zeros((batch_size, *self.scheduler.grid_size), dtype=torch.long, device=device)
+
+    def prepare_cache(self, batch_size: int) -> Cache:
+        """
+        Where keys and values go. For a compiled transformer it has one shape for all steps, and the same memory in all calls
+        of a batch size, so that there is a graph for steps of one token and one for steps of n.
+        """
+        config, slots = self.transformer.config, len(self.scheduler.slot_tokens)
+        compiled = is_compiled_module(self.transformer) or self.transformer._compiled_call_impl is not None
+        if not compiled:
+            return Cache(layers=[PreallocatedLayer(slots) for _ in range(config.num_hidden_layers)])
+        key = (batch_size, slots, self.transformer.dtype, self.transformer.device)
+        if self._static_cache is None or self._static_cache[0] != key:
+            logger.warning("Compiling the steps: the first call takes longer.")
+            self._static_cache = key, StaticCache(config=config, max_cache_len=slots)
+        self._static_cache[1].reset()
+        return self._static_cache[1]
+
+    def decode_latents(self, latents: torch.LongTensor, decode_chunk_size: int | None = None) -> torch.Tensor:
+        """
+        Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]; `decode_chunk_size` images at a time, or as many as hold
+        4096 tokens, so that the memory of the tokenizer does not grow with the batch.
+        """
+        if decode_chunk_size is None:
+            decode_chunk_size = max(1, 4096 // latents[0].numel())
+        pixels = []
+        for chunk in latents.split(decode_chunk_size):
+            shape = (*chunk.shape, self.vqvae.quantize.vq_embed_dim)
+            pixels.append(self.vqvae.decode(chunk, force_not_quantize=True, shape=shape, return_dict=False)[0])
+        return torch.cat(pixels)
+
+    def generate_tokens(
+        self,
+        latents: torch.LongTensor,
+        condition: dict[str, torch.Tensor],
+        sampling: dict,
+        guidance: dict,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.LongTensor:
+        """
+        Fills the grid `latents`, step after step.
+
+        Args:
+            latents (`torch.LongTensor` of shape `(batch_size, *grid_size)`): Token ids.
+            condition (`dict[str, torch.Tensor]`):
+                What the transformer takes for its first slots; with guidance, of the batch followed by its nulls.
+            sampling (`dict`), generator: Of [`PARScheduler.step`].
+            guidance (`dict`): Of [`PARScheduler.guidance_at`].
+            callback_on_step_end, callback_on_step_end_tensor_inputs: Of the call.
+            attention_mask (`torch.Tensor`, *optional*): 0 for condition slots that are padding, of as many sequences.
+        """
+        config = self.transformer.config
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        self._current_timestep = None
+        self._interrupt = False
+        # whether there is guidance is fixed for the call, its scale is not
+        use_guidance = self.do_classifier_free_guidance
+        past_key_values = self.prepare_cache(len(latents) * (2 if use_guidance else 1))
+        # the first step, which has no tokens to read, is not worth a graph
+        first = unwrap_module(self.transformer).forward if past_key_values.is_compileable else self.transformer
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                inputs = self.scheduler.model_inputs(latents, config.vocab_size, i)
+                if use_guidance and "input_ids" in inputs:
+                    inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
+                if i == 0:
+                    inputs |= condition
+                transformer = first if i == 0 else self.transformer
+                logits = transformer(
+                    **inputs,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    use_cache=True,
+                    logits_to_keep=len(self.scheduler.step_tokens[i]),
+                ).logits.float()
+                if use_guidance:
+                    cond, uncond = logits.chunk(2)
+                    scale = self.scheduler.guidance_at(i, self.guidance_scale, **guidance)
+                    logits = cond if scale == 1 else uncond + scale * (cond - uncond)
+                latents = self.scheduler.step(logits, i, latents, **sampling, generator=generator).prev_sample
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+                if XLA_AVAILABLE:
+                    xm.mark_step()
+        self._current_timestep = None
+        return latents
+
+    def postprocess(
+        self, latents: torch.LongTensor, output_type: str, return_dict: bool, decode_chunk_size: int | None
+    ) -> ImagePipelineOutput | tuple:
+        """The output of the call: pixels of the tokens, unless they are asked for themselves."""
+        if output_type == "latent":
+            image = latents
+        else:
+            image = self.decode_latents(latents, decode_chunk_size)
+            image = self.image_processor.postprocess(image, output_type=output_type)
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)
+
+
+class PARPipeline(PARPipelineBase):
+    r"""
+    Pipeline for class-conditional images by parallelized autoregressive generation (PAR).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Args:
+        transformer ([`PARForConditionalGeneration`]): The autoregressive backbone.
+        vqvae ([`VQModel`]): The tokenizer whose decoder turns tokens into pixels.
+        scheduler ([`PARScheduler`]): Plans the tokens and samples them.
+        id2label (`dict[str, str]`, *optional*):
+            Class id (as a string, as JSON has it) to label; several names of one class are separated by commas.
+        card_data (`dict`, *optional*):
+            Front matter of the model card beside what the pipeline knows itself: `license`, `datasets`, `base_model`, ...
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+    # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
+    _source = travelling_source(__file__)
+    _condition = "class"
+
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        vqvae: VQModel,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        card_data: dict | None = None,
+    ):
+        super().__init__(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label, card_data=card_data)
+        ids = {}
+        for key, value in (id2label or {}).items():
+            for name in {value, *(part.strip() for part in value.split(","))}:
+                ids.setdefault(name, []).append(int(key))
+        self.labels = {name: found[0] for name, found in sorted(ids.items()) if len(found) == 1}
+        self._ambiguous_labels = {name: found for name, found in ids.items() if len(found) > 1}
+
+    def _card_facts(self) -> dict[str, str]:
+        return {
+            "pipeline_tag": "unconditional-image-generation",
+            "kind": "Class-conditional",
+            "condition": f"| classes | {self.transformer.config.num_classes} |",
+            "arguments": f"class_labels={[next(iter(self.labels), 0)]}",
+        }
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         r"""
@@ -338,103 +567,6 @@ class PARPipeline(DiffusionPipeline):
                 )
         return ids
 
-    def check_inputs(
-        self,
-        guidance_scale: float,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        guidance_schedule: str,
-        guidance_power: float,
-        guidance_interval: tuple[int, int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        batch_size: int,
-        latents: torch.LongTensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ):
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        self.scheduler.check_sampling(
-            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_power, guidance_interval
-        )
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(g is None or isinstance(g, torch.Generator) for g in generators) or None in generators[1:]:
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, one for each image, got {len(generator)}."
-            )
-        config, grid_size = self.transformer.config, self.scheduler.grid_size
-        if latents is not None:
-            if not isinstance(latents, torch.Tensor) or latents.dtype != torch.long:
-                found = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-                raise ValueError(f"`latents` must be a torch.long tensor of token ids, got {found}.")
-            if tuple(latents.shape) != (batch_size, *grid_size):
-                raise ValueError(
-                    f"`latents` must have the shape {(batch_size, *grid_size)}, got {tuple(latents.shape)}."
-                )
-            if latents.min() < 0 or latents.max() >= config.vocab_size:
-                raise ValueError(
-                    f"`latents` must be token ids from 0 to {config.vocab_size - 1}, got {latents.min()} to {latents.max()}."
-                )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
-            )
-        # components that a user has exchanged
-        for name, value, allowed in (
-            ("transformer.config.condition", config.condition, "class"),
-            ("scheduler.config.prefix_length", self.scheduler.config.prefix_length, 1),
-            ("transformer.config.rope_axes", config.rope_axes, len(grid_size)),
-            ("vqvae.config.num_vq_embeddings", self.vqvae.config.num_vq_embeddings, config.vocab_size),
-        ):
-            if value != allowed:
-                raise ValueError(f"`{name}` must be {allowed!r} in this pipeline, got {value!r}.")
-        if self.scheduler.num_learnable_tokens > config.num_learnable_tokens:
-            raise ValueError(
-                f"`scheduler.config.num_parallel_tokens` must be at most {config.num_learnable_tokens + 1}, one more than "
-                f"the learnable tokens of the transformer, got {self.scheduler.config.num_parallel_tokens}."
-            )
-
-    def prepare_latents(
-        self, batch_size: int, device: torch.device, latents: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
-        """The token grid (batch_size, *grid_size) that the steps fill."""
-        if latents is not None:
-            return latents.to(device)
-        return torch.zeros((batch_size, *self.scheduler.grid_size), dtype=torch.long, device=device)
-
-    def prepare_cache(self, batch_size: int) -> Cache:
-        """
-        Where keys and values go. For a compiled transformer it has one shape for all steps, and the same memory in all calls
-        of a batch size, so that there is a graph for steps of one token and one for steps of n.
-        """
-        config, slots = self.transformer.config, len(self.scheduler.slot_tokens)
-        compiled = is_compiled_module(self.transformer) or self.transformer._compiled_call_impl is not None
-        if not compiled:
-            return Cache(layers=[PreallocatedLayer(slots) for _ in range(config.num_hidden_layers)])
-        key = (batch_size, slots, self.transformer.dtype, self.transformer.device)
-        if self._static_cache is None or self._static_cache[0] != key:
-            logger.warning("Compiling the steps: the first call takes longer.")
-            self._static_cache = key, StaticCache(config=config, max_cache_len=slots)
-        self._static_cache[1].reset()
-        return self._static_cache[1]
-
-    def decode_latents(self, latents: torch.LongTensor, decode_chunk_size: int | None = None) -> torch.Tensor:
-        """
-        Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]; `decode_chunk_size` images at a time, or as many as hold
-        4096 tokens, so that the memory of the tokenizer does not grow with the batch.
-        """
-        if decode_chunk_size is None:
-            decode_chunk_size = max(1, 4096 // latents[0].numel())
-        pixels = []
-        for chunk in latents.split(decode_chunk_size):
-            shape = (*chunk.shape, self.vqvae.quantize.vq_embed_dim)
-            pixels.append(self.vqvae.decode(chunk, force_not_quantize=True, shape=shape, return_dict=False)[0])
-        return torch.cat(pixels)
-
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -459,6 +591,8 @@ class PARPipeline(DiffusionPipeline):
         guidance_power: float | None = None,
         guidance_interval: tuple[int, int] | None = None,
         decode_chunk_size: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation.
@@ -494,6 +628,9 @@ class PARPipeline(DiffusionPipeline):
                 checkpoint's own.
             decode_chunk_size (`int`, *optional*):
                 Images that the tokenizer decodes at a time. Defaults to as many as hold 4096 tokens.
+            height (`int`, *optional*), width (`int`, *optional*):
+                Pixels, multiples of the tokenizer's downsampling that the plan can divide. Default to the size the
+                checkpoint was made for; of others the model has seen no example (see docs/sampling.md).
 
         Examples:
 
@@ -502,108 +639,47 @@ class PARPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        chunk = 1 if decode_chunk_size is None else decode_chunk_size
-        for name, count in (("num_images_per_prompt", num_images_per_prompt), ("decode_chunk_size", chunk)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
 
-        # 1. Defaults of the checkpoint, and the plan
-        defaults = self.scheduler.config
-        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        temperature = defaults.temperature if temperature is None else temperature
-        top_k = defaults.top_k if top_k is None else top_k
-        top_p = defaults.top_p if top_p is None else top_p
-        guidance_schedule = defaults.guidance_schedule if guidance_schedule is None else guidance_schedule
-        guidance_power = defaults.guidance_power if guidance_power is None else guidance_power
-        guidance_interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
+        # 1. The plan
         device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        self.prepare_timesteps(num_inference_steps, height, width, device)
 
-        # 2. Check inputs
+        # 2. Check inputs; what is None is the checkpoint's own
         class_ids = self.prepare_class_labels(class_labels)
-        batch_size = len(class_ids) * num_images_per_prompt
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        guidance = {
+            "guidance_schedule": guidance_schedule,
+            "guidance_power": guidance_power,
+            "guidance_interval": guidance_interval,
+        }
         self.check_inputs(
-            guidance_scale,
-            temperature,
-            top_k,
-            top_p,
-            guidance_schedule,
-            guidance_power,
-            guidance_interval,
+            len(class_ids),
+            num_images_per_prompt,
+            sampling | guidance | {"guidance_scale": guidance_scale},
             generator,
-            batch_size,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            decode_chunk_size,
         )
-        self._guidance_scale = guidance_scale
-        self._num_timesteps = len(timesteps)
-        self._current_timestep = None
-        self._interrupt = False
+        self._guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
 
-        # 3. Prepare the conditions; whether there is guidance is fixed for the call, its scale is not
-        config = self.transformer.config
+        # 3. Prepare the conditions, with the null class for guidance
         labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
-        use_guidance = self.do_classifier_free_guidance
-        if use_guidance:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+        latents = self.prepare_latents(len(labels), device, latents)
+        if self.do_classifier_free_guidance:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
 
-        # 4. Prepare the token grid and the cache
-        latents = self.prepare_latents(batch_size, device, latents)
-        past_key_values = self.prepare_cache(len(labels))
-        # the first step, which has no tokens to read, is not worth a graph
-        first = unwrap_module(self.transformer).forward if past_key_values.is_compileable else self.transformer
+        # 4. Generate the tokens
+        latents = self.generate_tokens(
+            latents,
+            {"class_labels": labels},
+            sampling=sampling,
+            guidance=guidance,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
-        # 5. Generation loop
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                inputs = self.scheduler.model_inputs(latents, config.vocab_size, i)
-                if use_guidance and "input_ids" in inputs:
-                    inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
-                transformer = first if i == 0 else self.transformer
-                logits = transformer(
-                    **inputs,
-                    class_labels=labels if i == 0 else None,
-                    past_key_values=past_key_values,
-                    use_cache=True,
-                    logits_to_keep=len(self.scheduler.step_tokens[i]),
-                ).logits.float()
-                if use_guidance:
-                    cond, uncond = logits.chunk(2)
-                    scale = self.scheduler.guidance_at(
-                        i, self.guidance_scale, guidance_schedule, guidance_power, guidance_interval
-                    )
-                    logits = cond if scale == 1 else uncond + scale * (cond - uncond)
-                latents = self.scheduler.step(
-                    logits, i, latents, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-                ).prev_sample
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-                progress_bar.update()
-                if XLA_AVAILABLE:
-                    xm.mark_step()
-        self._current_timestep = None
-
-        # 6. Decode
-        if output_type == "latent":
-            image = latents
-        else:
-            del past_key_values  # its memory is larger than all that decoding takes
-            image = self.decode_latents(latents, decode_chunk_size)
-            image = self.image_processor.postprocess(image, output_type=output_type)
-
-        # Offload all models
-        self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (image,)
-        return ImagePipelineOutput(images=image)
+        # 5. Decode
+        return self.postprocess(latents, output_type, return_dict, decode_chunk_size)

@@ -127,9 +127,7 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
         for name, value in (("num_parallel_tokens", num_parallel_tokens), ("prefix_length", prefix_length)):
             if not _is_count(value):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        self.check_sampling(
-            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_power, guidance_interval
-        )
+        self.check_sampling(guidance_interval=guidance_interval)
         # diffusers takes arguments given by position for defaults, which `from_config` would then drop
         self.register_to_config(_use_default_values=[])
         self.set_timesteps()
@@ -311,15 +309,21 @@ class PARScheduler(SchedulerMixin, ConfigMixin):
 
     def check_sampling(
         self,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        guidance_scale: float = 1.0,
-        guidance_schedule: str = "constant",
-        guidance_power: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        guidance_power: float | None = None,
         guidance_interval: tuple[int, int] | None = None,
     ) -> None:
-        """Raises a `ValueError` where one of these values cannot be used."""
+        """Raises a `ValueError` where one of these values cannot be used. None takes the configured value."""
+        temperature = self.config.temperature if temperature is None else temperature
+        top_k = self.config.top_k if top_k is None else top_k
+        top_p = self.config.top_p if top_p is None else top_p
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_schedule = self.config.guidance_schedule if guidance_schedule is None else guidance_schedule
+        guidance_power = self.config.guidance_power if guidance_power is None else guidance_power
         if not _is_number(guidance_scale) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be a finite number of at least 0, got {guidance_scale!r}.")
         schedules = ("constant", "linear", "power-cosine")

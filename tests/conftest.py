@@ -7,13 +7,15 @@ import pytest
 import torch
 from diffusers import VQModel
 from PIL import Image
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from par_diffusers import PARConfig, PARForConditionalGeneration, PARPipeline, PARScheduler
+from par_diffusers import PARConfig, PARForConditionalGeneration, PARPipeline, PARScheduler, PARTextToImagePipeline
 from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.extract_codes import extract_codes
 
 
 DATA = Path(__file__).parent / "data"
+NAMES = "zero one two three four five six seven eight nine".split()
 
 torch.set_num_threads(1)
 
@@ -57,12 +59,32 @@ def build_vqvae(seed: int = 0, codes: int = 32) -> VQModel:
 
 def build_pipeline(seed: int = 0, num_parallel_tokens: int = 4, **overrides) -> PARPipeline:
     """4x4 tokens, 8x8 pixels, classes "zero" to "nine"."""
-    names = "zero one two three four five six seven eight nine".split()
     pipe = PARPipeline(
         build_model(seed, num_learnable_tokens=num_parallel_tokens - 1, **overrides),
         build_vqvae(seed),
         PARScheduler((4, 4), num_parallel_tokens=num_parallel_tokens, guidance_scale=1.5),
-        id2label={str(i): name for i, name in enumerate(names)},
+        id2label={str(i): name for i, name in enumerate(NAMES)},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_text_pipeline(seed: int = 0, num_parallel_tokens: int = 4, width: int = 16, **overrides):
+    """The same with prompts: a T5 that knows the ten words and letters, captions of 6 tokens."""
+    torch.manual_seed(seed)
+    words = [("▁" + word, -1.0) for word in NAMES] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0), *words]
+    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    encoder = {
+        "text_encoder": T5EncoderModel(config).eval(),
+        "tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512),
+    }
+    caption = {"condition": "caption", "caption_length": 6, "caption_channels": width}
+    pipe = PARTextToImagePipeline(
+        build_model(seed, num_learnable_tokens=num_parallel_tokens - 1, **caption, **overrides),
+        build_vqvae(seed),
+        PARScheduler((4, 4), num_parallel_tokens=num_parallel_tokens, guidance_scale=1.5, prefix_length=6),
+        **encoder,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -81,6 +103,11 @@ def make_vqvae():
 @pytest.fixture(scope="session")
 def make_pipeline():
     return build_pipeline
+
+
+@pytest.fixture(scope="session")
+def make_text_pipeline():
+    return build_text_pipeline
 
 
 @pytest.fixture

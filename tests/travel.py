@@ -1,8 +1,8 @@
 """One leg of a pipeline's journey, in a process of its own: load, draw, perhaps save or push.
 
-    python travel.py package|remote SOURCE RESULT [--save DIR] [--push REPOSITORY] [--variant fp16] [--dtype bfloat16]
+    python travel.py package|remote SOURCE RESULT [--pipeline CLASS] [--save DIR] [--push REPOSITORY] [--variant fp16] [--dtype bfloat16]
 
-`package` loads with `par_diffusers.PARPipeline`; `remote` with `diffusers.DiffusionPipeline` where par_diffusers cannot be
+`package` loads with the package's class of `--pipeline`; `remote` with `diffusers.DiffusionPipeline` where par_diffusers cannot be
 imported. RESULT gets the tokens and pixels drawn, the classes used, and what of the package was imported.
 """
 
@@ -17,6 +17,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("loader", choices=("package", "remote"))
 parser.add_argument("source")
 parser.add_argument("result")
+parser.add_argument("--pipeline", default="PARPipeline")
 parser.add_argument("--save")
 parser.add_argument("--push")
 parser.add_argument("--save-and-push")
@@ -32,14 +33,14 @@ if args.loader == "remote":
 
     pipe = DiffusionPipeline.from_pretrained(args.source, trust_remote_code=True, **options)
 else:
-    from par_diffusers import PARPipeline
+    import par_diffusers
 
-    pipe = PARPipeline.from_pretrained(args.source, **options)
+    pipe = getattr(par_diffusers, args.pipeline).from_pretrained(args.source, **options)
 pipe.set_progress_bar_config(disable=True)
 generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-tokens = pipe(["three", 8], generator=generator, output_type="latent").images
+tokens = pipe(["three", "eight"], generator=generator, output_type="latent").images
 generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-pixels = pipe(["three", 8], generator=generator, output_type="pt").images
+pixels = pipe(["three", "eight"], generator=generator, output_type="pt").images
 if args.save:
     pipe.save_pretrained(args.save, variant=args.variant)
 if args.push:

@@ -7,6 +7,7 @@ slot, where, and in which attention group, is the scheduler's to say.
 This file travels inside checkpoints: it imports the standard library, torch and transformers only.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,6 +125,11 @@ class PARConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def num_condition_slots(self) -> int:
+        """Slots of the condition, before those of the tokens."""
+        return 1 if self.condition == "class" else self.caption_length
+
 
 class PARRotaryEmbedding(nn.Module):
     """
@@ -237,7 +243,10 @@ class PARClassEmbedding(nn.Module):
 
 
 class PARCaptionEmbedding(nn.Module):
-    """Caption features (B, caption_length, caption_channels) -> condition slots (B, caption_length, hidden_size)."""
+    """
+    Caption features (B, caption_length, caption_channels) -> condition slots (B, caption_length, hidden_size). Where
+    `null_condition` (B,) is true, the learned null features take their place.
+    """
 
     def __init__(self, config: PARConfig):
         super().__init__()
@@ -246,11 +255,15 @@ class PARCaptionEmbedding(nn.Module):
         self.fc1 = nn.Linear(config.caption_channels, config.hidden_size, bias=False)
         self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, encoder_hidden_states: torch.Tensor, null_condition: torch.BoolTensor | None = None
+    ) -> torch.Tensor:
         if self.training and self.condition_dropout > 0:
-            batch = len(encoder_hidden_states)
-            dropped = torch.rand(batch, 1, 1, device=encoder_hidden_states.device) < self.condition_dropout
-            encoder_hidden_states = torch.where(dropped, self.null_features, encoder_hidden_states)
+            batch, device = len(encoder_hidden_states), encoder_hidden_states.device
+            null_condition = torch.rand(batch, device=device) < self.condition_dropout
+        if null_condition is not None:
+            null_condition = null_condition.to(encoder_hidden_states.device)[:, None, None]
+            encoder_hidden_states = torch.where(null_condition, self.null_features, encoder_hidden_states)
         return self.fc2(F.gelu(self.fc1(encoder_hidden_states), approximate="tanh"))
 
 
@@ -278,6 +291,11 @@ class PackedLinear(nn.Module):
                 f"Packed weights stay {probe.dtype} on the CPU: move or cast the model before packing it."
             )
         return self
+
+
+def _is_shown(attention_mask: torch.BoolTensor, batch: int, head: int, query: int, key: int) -> torch.BoolTensor:
+    """A mask function of transformers: whether slot `key` is shown to slot `query`."""
+    return attention_mask[batch, key] | (query == key)
 
 
 class PARPreTrainedModel(PreTrainedModel):
@@ -334,13 +352,14 @@ class PARModel(PARPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         is_causal: bool = True,
+        null_condition: torch.BoolTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         slots = []
-        if class_labels is not None or encoder_hidden_states is not None:
-            slots.append(
-                self.embed_condition(class_labels if encoder_hidden_states is None else encoder_hidden_states)
-            )
+        if class_labels is not None:
+            slots.append(self.embed_condition(class_labels))
+        elif encoder_hidden_states is not None:
+            slots.append(self.embed_condition(encoder_hidden_states, null_condition))
         if input_ids is not None:
             slots.append(self.embed_tokens(input_ids))
         if not slots:
@@ -353,26 +372,36 @@ class PARModel(PARPreTrainedModel):
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if not is_causal and attention_mask is None and getattr(past_key_values, "is_compileable", False):
-            # a static cache is read whole: nobody sees what is not filled yet
-            end = past_key_values.get_seq_length() + hidden_states.shape[1]
-            length, _ = past_key_values.get_mask_sizes(hidden_states.shape[1], 0)
-            attention_mask = (torch.arange(length, device=hidden_states.device) < end).expand(len(hidden_states), -1)
         # where all sequences of a batch see alike, the mask is made for one of them and broadcast
         alike = attention_mask is None and (block_sequence_ids is None or block_sequence_ids.ndim == 1)
         embeds = hidden_states[:1] if alike else hidden_states
+        length = hidden_states.shape[1]
+        end = length + (0 if past_key_values is None else past_key_values.get_seq_length())
+        total = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = F.pad(attention_mask.bool(), (0, total - attention_mask.shape[1]), value=True)
         if is_causal:
             if block_sequence_ids is not None:
                 block_sequence_ids = block_sequence_ids.to(hidden_states.device).expand(len(hidden_states), -1)
+            visible = None
+            if attention_mask is not None and attention_mask.ndim == 2:
+                # a hidden slot still sees itself, as in the published code: what sees nothing would be no number
+                visible = partial(_is_shown, attention_mask)
+                attention_mask = None
             # without `position_ids`: the mask functions would take grid coordinates for those of packed sequences
             attention_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
+                and_mask_function=visible,
                 block_sequence_ids=block_sequence_ids,
             )
         else:
+            if getattr(past_key_values, "is_compileable", False):
+                # a static cache is read whole: nobody sees what is not filled yet
+                filled = (torch.arange(total, device=hidden_states.device) < end).expand(len(embeds), -1)
+                attention_mask = filled if attention_mask is None else attention_mask & filled
             attention_mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=embeds,
@@ -481,7 +510,10 @@ class PARForConditionalGeneration(PARPreTrainedModel):
             is_causal (`bool`, defaults to `True`):
                 `False`: all slots given see each other and all cached ones; there are no groups then.
             attention_mask (`torch.Tensor`, *optional*):
-                (batch_size, total), 0 for slots nobody may see; or a prepared 4D mask.
+                (batch_size, length), 0 for those of the first slots that only they themselves may see, such as the
+                padding of captions; slots from `length` on are seen. Or a prepared 4D mask.
+            null_condition (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+                Sequences whose `encoder_hidden_states` are replaced by the learned null features.
             past_key_values (`Cache`, *optional*): Keys and values of earlier slots.
             labels (`torch.LongTensor` of shape `(batch_size, num_labels)`, *optional*):
                 Target token of each of the last `num_labels` slots, in the order of the slots (nothing is shifted), -100

@@ -83,7 +83,7 @@ def sample(settings: SamplingSettings) -> Path:
     pipe = load_pipeline(settings.model, settings, accelerator.device, settings.batch_size)
     pipe.set_progress_bar_config(disable=True)
     image_labels(pipe, settings.labels, settings.seed, range(1))  # an unknown label stops before the first image
-    pipe.scheduler.check_sampling(**_resolved(pipe, settings))
+    pipe.scheduler.check_sampling(**settings.call_arguments())
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
     facts |= _resolved(pipe, settings) | {"labels": list(settings.labels), "weights": _fingerprint(pipe)}
     output = Path(settings.output)

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 
+import par_diffusers
 from par_diffusers import PARForConditionalGeneration, PARPipeline, PARScheduler, convert_llamagen_checkpoint
 from par_diffusers.conversion.convert_llamagen import LABELS, PUBLISHED_SIZES, convert_vq, load_state_dict, read_labels
 
@@ -27,7 +28,25 @@ def convert(reference, name, output, **kwargs):
 def converted(reference, tmp_path_factory):
     """name -> the folder of a converted reference checkpoint."""
     root = tmp_path_factory.mktemp("converted")
-    return {name: convert(reference, name, root / name) for name in MODELS}
+    return {name: convert(reference, name, root / name) for name in [*MODELS, T2I]}
+
+
+def load(folder):
+    """The pipeline of a folder."""
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = getattr(par_diffusers, index["_class_name"][1]).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def condition(recorded) -> dict:
+    """The recorded condition as the call takes it: captions were recorded with their padding first."""
+    if recorded.cond.ndim == 1:
+        return {"class_labels": recorded.cond}
+    lengths = recorded.cond_mask.sum(1).long().tolist()
+    rolled = [features.roll(length, 0) for features, length in zip(recorded.cond, lengths, strict=True)]
+    mask = torch.arange(recorded.cond.shape[1]) < torch.tensor(lengths)[:, None]
+    return {"prompt_embeds": torch.stack(rolled), "prompt_attention_mask": mask}
 
 
 def open_checkpoint(file):
@@ -56,20 +75,19 @@ def test_teacher_forced_logits_and_loss_equal_the_record(name, reference, conver
     assert (null - recorded.train_logits_null).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, T2I])
 def test_greedy_tokens_and_pixels_equal_the_record(name, reference, converted):
     recorded = reference(name)
-    pipe = PARPipeline.from_pretrained(converted[name])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(converted[name])
     for run in recorded.greedy:
         # the published quirk: decoding calls after the first token count from 0, guidance stops past the interval
         interval = (0, run["cfg_interval"] + 2) if run["cfg_interval"] >= 0 else None
         options = {"guidance_scale": run["cfg_scale"], "temperature": 0, "guidance_interval": interval}
-        grid = pipe(recorded.cond, output_type="latent", **options).images
+        grid = pipe(**condition(recorded), output_type="latent", **options).images
         assert torch.equal(grid.flatten(1), run["tokens_raster"])
         assert torch.equal(pipe.scheduler.order_tokens(grid), run["tokens_order"])
         if "image" in run:
-            pixels = pipe(recorded.cond, output_type="pt", **options).images * 2 - 1
+            pixels = pipe(**condition(recorded), output_type="pt", **options).images * 2 - 1
             assert (pixels - run["image"].float().clamp(-1, 1)).abs().max() < 1e-3
 
 
@@ -86,35 +104,64 @@ def test_tokenizer_equals_the_record(reference):
     assert (vqvae(recorded.pixels).sample - decoded).abs().max() < 1e-4
 
 
-def test_caption_checkpoint_weights_run_in_the_backbone(reference):
-    # its conversion comes later; the backbone and the plan with 120 prefix slots are there already
-    recorded, tensors = reference(T2I), load_state_dict(reference(T2I).file)
-    scheduler = PARScheduler((8, 8), num_parallel_tokens=1, prefix_length=120)
-    from par_diffusers import PARConfig
-    from par_diffusers.conversion.convert_llamagen import _sources
+def test_captions_of_other_lengths_in_the_batch_change_nothing(reference, converted):
+    inputs, pipe = condition(reference(T2I)), load(converted[T2I])
+    for scale in (1.0, 7.5):
+        options = {"guidance_scale": scale, "temperature": 0, "output_type": "latent"}
+        together = pipe(**inputs, **options).images
+        for number in range(3):
+            one = {name: value[number : number + 1] for name, value in inputs.items()}
+            assert torch.equal(pipe(**one, **options).images, together[number : number + 1])
 
-    model = PARForConditionalGeneration(
-        PARConfig(vocab_size=96, num_classes=10, num_learnable_tokens=0, hidden_size=64, intermediate_size=192,
-                  num_hidden_layers=2, num_attention_heads=4, condition="caption", caption_channels=24)
-    ).eval()  # fmt: skip
-    state = {}
-    for name in model.state_dict():
-        if "embed_condition" not in name:
-            (source,), rows = _sources(name, model.config)
-            state[name] = tensors[source][rows]
-    embedding = "model.embed_condition."
-    state[embedding + "null_features"] = tensors["cls_embedding.uncond_embedding"]
-    for layer in ("fc1", "fc2"):
-        state[f"{embedding}{layer}.weight"] = tensors[f"cls_embedding.cap_proj.{layer}.weight"]
-    model.load_state_dict(state)
-    tokens = recorded.greedy[0]["tokens_raster"].view(3, 8, 8)
-    mask = torch.cat([recorded.cond_mask.long(), torch.ones(3, 63, dtype=torch.long)], dim=1)
-    with torch.no_grad():
-        logits = model(
-            encoder_hidden_states=recorded.cond, attention_mask=mask, logits_to_keep=64,
-            **scheduler.model_inputs(tokens, 96),
-        ).logits  # fmt: skip
-    assert torch.equal(logits.argmax(-1), recorded.greedy[0]["tokens_order"])
+
+def test_text_folder_has_the_published_defaults(converted):
+    pipe = load(converted[T2I])
+    config, plan = pipe.transformer.config, pipe.scheduler.config
+    assert (config.condition, config.caption_length, config.caption_channels) == ("caption", 120, 24)
+    assert (plan.guidance_scale, plan.top_k, plan.temperature, plan.prefix_length) == (7.5, 1000, 1.0, 120)
+    assert pipe.text_encoder is None and pipe.tokenizer is None
+    with pytest.raises(ValueError, match="this pipeline has none: load one, or give `prompt_embeds`"):
+        pipe("a red fox")
+    card = (converted[T2I] / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card and "120 features of 24" in card and "prompt_embeds=" in card
+
+
+@pytest.fixture
+def text_encoder(make_text_pipeline, tmp_path):
+    """width -> the folder of a T5."""
+
+    def save(width: int):
+        pipe = make_text_pipeline(width=width)
+        pipe.text_encoder.save_pretrained(tmp_path / f"t5-{width}")
+        pipe.tokenizer.save_pretrained(tmp_path / f"t5-{width}")
+        return tmp_path / f"t5-{width}"
+
+    return save
+
+
+def test_a_text_encoder_goes_into_the_folder(reference, text_encoder, tmp_path):
+    folder = convert(reference, T2I, tmp_path / "out", text_encoder=text_encoder(24), guidance_scale=3.0)
+    pipe = load(folder)
+    assert pipe.scheduler.config.guidance_scale == 3.0 and pipe("three eight").images[0].size == (32, 32)
+    embeds, mask, _, _ = pipe.encode_prompt("three eight")
+    generator = torch.Generator()
+    drawn = [
+        pipe(**prompt, generator=generator.manual_seed(0), output_type="latent").images
+        for prompt in ({"prompt": "three eight"}, {"prompt_embeds": embeds, "prompt_attention_mask": mask})
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_text_encoders_that_do_not_fit_are_refused(reference, text_encoder, tmp_path):
+    for name, options, message in (
+        (T2I, {"text_encoder": text_encoder(16)}, "text_encoder.*width 24.*has 16"),
+        (T2I, {"text_encoder": tmp_path / "missing"}, "text_encoder.*missing.*not a T5"),
+        (T2I, {"labels": tmp_path / "names"}, "`labels` goes with class-conditional models"),
+        ("par_c2i_4x", {"text_encoder": tmp_path}, "`text_encoder` goes with text-conditional models"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(reference, name, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_says_what_the_checkpoint_is(reference, converted):
@@ -127,10 +174,10 @@ def test_folder_says_what_the_checkpoint_is(reference, converted):
     assert PARScheduler.from_pretrained(converted["llamagen_c2i"], subfolder="scheduler").num_inference_steps == 64
 
 
-def test_streamed_folder_equals_one_that_save_pretrained_writes(converted, tmp_path):
-    pipe = PARPipeline.from_pretrained(converted["par_c2i_4x"])
-    pipe.save_pretrained(tmp_path / "again")
-    ours = {file.relative_to(converted["par_c2i_4x"]): file for file in converted["par_c2i_4x"].rglob("*")}
+@pytest.mark.parametrize("name", ["par_c2i_4x", T2I])
+def test_streamed_folder_equals_one_that_save_pretrained_writes(name, converted, tmp_path):
+    load(converted[name]).save_pretrained(tmp_path / "again")
+    ours = {file.relative_to(converted[name]): file for file in converted[name].rglob("*")}
     theirs = {file.relative_to(tmp_path / "again"): file for file in (tmp_path / "again").rglob("*")}
     assert ours.keys() == theirs.keys()
     for name, file in ours.items():
@@ -346,7 +393,7 @@ def test_files_of_the_wrong_kind_are_named(reference, tmp_path):
     for files, message in (
         ((vq, vq), "checkpoint.*class-conditional model.*is a VQ tokenizer"),
         ((model, model), "vq_checkpoint.*VQ tokenizer.*is a class-conditional model"),
-        ((t2i, vq), "checkpoint.*text-conditional.*cannot be converted yet"),
+        ((t2i, t2i), "vq_checkpoint.*VQ tokenizer.*is a text-conditional model"),
         ((tmp_path / "other.pt", vq), "neither a PAR or LlamaGen model nor a VQ tokenizer"),
         ((tmp_path / "empty.pt", vq), "holds no model"),
         ((tmp_path / "list.pt", vq), "holds no model"),

@@ -30,6 +30,15 @@ FILES = {
 }
 
 
+TEXT_FILES = FILES - {"pipeline_par.py"} | {
+    "pipeline_par_text_to_image.py",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+}
+
+
 def contents(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
@@ -79,7 +88,7 @@ def home(journey, request):
     pipe.save_pretrained(folder)
     pipe.save_pretrained(folder, variant="fp16")  # beside the other weights
     generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    return folder, pipe(["three", 8], generator=generator, output_type="latent").images
+    return folder, pipe(["three", "eight"], generator=generator, output_type="latent").images
 
 
 def test_saved_folder_carries_its_code_and_short_names(pipe, tmp_path):
@@ -102,6 +111,31 @@ def test_saved_folder_carries_its_code_and_short_names(pipe, tmp_path):
                     not line.lstrip().startswith(("from .", "from par_diffusers", "import par_diffusers"))
                     or ">>>" in line
                 )
+
+
+def test_a_text_folder_travels_alone_and_back(journey, make_text_pipeline):
+    pipe = make_text_pipeline()
+    folder, kind = journey.folder / "text", ("--pipeline", "PARTextToImagePipeline")
+    pipe.save_pretrained(folder)
+    assert set(contents(folder)) == TEXT_FILES
+    source = (folder / "pipeline_par_text_to_image.py").read_text()
+    assert "class PARPipelineBase" in source and "from .pipeline_par" not in source
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    tokens = pipe(["three", "eight"], generator=generator, output_type="latent").images
+    remote = journey.leg("remote", folder, "--save", journey.folder / "text-2", "--push", "me/text")
+    assert torch.equal(remote["tokens"], tokens) and remote["pipeline"].startswith("diffusers_modules")
+    package = journey.leg("package", journey.folder / "text-2", *kind, "--save", journey.folder / "text-3")
+    assert torch.equal(package["tokens"], tokens) and package["remote"] == []
+    assert package["pipeline"] == "par_diffusers.pipelines.pipeline_par_text_to_image"
+    first, second, third = (contents(journey.folder / name) for name in ("text", "text-2", "text-3"))
+    first.pop("tokenizer/tokenizer_config.json")  # transformers notes in it how a tokenizer was loaded
+    assert second.pop("tokenizer/tokenizer_config.json") == third.pop("tokenizer/tokenizer_config.json")
+    assert first == second == third
+    assert set(contents(journey.repositories / "me" / "text")) == TEXT_FILES
+    from_hub = journey.leg("remote", "me/text", cache="text")
+    assert torch.equal(from_hub["tokens"], tokens)
+    by_package = journey.leg("package", "me/text", *kind, cache="text-package")
+    assert torch.equal(by_package["tokens"], tokens) and by_package["remote"] == []
 
 
 def test_package_folder_to_remote_class_to_folder_to_package(journey, home):
