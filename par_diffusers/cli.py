@@ -60,13 +60,15 @@ def _add_generate(commands) -> None:
         epilog="""examples:
   par-diffusers generate "PAR"
   par-diffusers generate "HELLO 2026" --num-images 4 --seed 7 --output hello.png
-  par-diffusers generate --model par-xl-4x --labels "golden retriever" 388 --guidance-scale 1.5""",
+  par-diffusers generate --model par-xl-4x --labels "golden retriever" 388 --guidance-scale 1.5
+  par-diffusers generate --model llamagen-t2i-256 --prompt "a red fox in the snow" --num-images 4""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "text", nargs="?", metavar="TEXT", help="one image for each character (models of single characters)"
     )
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="label names or class ids, instead of TEXT")
+    parser.add_argument("--prompt", nargs="+", metavar="PROMPT", help="texts, for models that draw from text")
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -74,7 +76,7 @@ def _add_generate(commands) -> None:
         help="pipeline folder, Hub repository or embedded model (default: %(default)s)",
     )
     parser.add_argument(
-        "--num-images", type=int, default=1, metavar="N", help="images of each label (default: %(default)s)"
+        "--num-images", type=int, default=1, metavar="N", help="images of each label or prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--seed", type=int, help="of the first image; image i uses seed + i (default: drawn and printed)"
@@ -96,8 +98,8 @@ def _add_generate(commands) -> None:
 
 
 def _generate(args: argparse.Namespace, argv: list[str]) -> None:
-    if (args.text is None) == (args.labels is None):
-        raise ValueError("give either TEXT or --labels.")
+    if [args.text, args.labels, args.prompt].count(None) != 2:
+        raise ValueError("give either TEXT, --labels or --prompt.")
     if args.text is not None and not args.text.strip():
         raise ValueError("TEXT must have at least one character that is not a space.")
     if args.output.suffix.lower() != ".png":
@@ -109,14 +111,17 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     import transformers
 
     from par_diffusers.sampling.generate import generate, lay_out, save_image, spell
-    from par_diffusers.sampling.loading import load_pipeline
+    from par_diffusers.sampling.loading import check_condition, load_pipeline
 
     # the bars of loading; that of generating stays
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(model_source(args.model), loading, device, args.batch_size)
-    if args.text is not None:
+    check_condition(pipe, args.model, is_text=args.prompt is not None)
+    if args.prompt is not None:
+        labels = args.prompt
+    elif args.text is not None:
         labels = spell(pipe, args.text)
     else:
         labels = [int(name) if name.isdecimal() and name not in pipe.labels else name for name in args.labels]
@@ -139,7 +144,8 @@ def _add_sample(commands) -> None:
         epilog="""examples:
   accelerate launch -m par_diffusers sample --model par-xl-4x --output samples --image-size-eval 256 --labels random
   par-diffusers sample --model par-glyphs-4x --num-samples 720 --output glyph-samples --png
-  par-diffusers sample --model par-xl-4x --labels "golden retriever" 388 --num-samples 64 --output pets""",
+  par-diffusers sample --model par-xl-4x --labels "golden retriever" 388 --num-samples 64 --output pets
+  par-diffusers sample --model llamagen-t2i-256 --prompts PartiPrompts.tsv --output parti --png""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, SamplingSettings)

@@ -189,7 +189,10 @@ class SamplingSettings(CallSettings, LoadingSettings):
 
     model: str = option(MISSING, "pipeline folder, Hub repository or embedded model")
     output: str = option(MISSING, "folder of the samples")
-    num_samples: int = option(50000, "images", least=1)
+    num_samples: int | None = option(None, "images (default: 50000, or one for each prompt)", least=1)
+    prompts: str | None = option(
+        None, "for models that draw from text: a prompt a line, or .tsv with a column prompt; they are taken in turn"
+    )
     labels: tuple[str, ...] = option(
         ("balanced",), "balanced (each class as often), random, or label names and class ids to take in turn"
     )

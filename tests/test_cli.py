@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from par_diffusers import PARPipeline
+from par_diffusers import PARPipeline, PARTextToImagePipeline
 from par_diffusers.cli import main
 
 
@@ -68,6 +68,24 @@ def test_generate_draws_labels_whatever_the_batch_size(folder, tmp_path, capsys)
     assert abs(np.asarray(alone).astype(int) - pictures[0][:8, 8:16]).max() <= 1
 
 
+def test_generate_draws_prompts(make_text_pipeline, folder, tmp_path, capsys):
+    make_text_pipeline().save_pretrained(tmp_path / "text")
+    command = ["generate", "--model", str(tmp_path / "text"), "--seed", "5", "--output", str(tmp_path / "a.png")]
+    main([*command, "--prompt", "three eight", "nine", "--num-images", "3"])
+    assert "6 images in 7 steps" in capsys.readouterr().out
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (3 * 8, 2 * 8)
+    import torch
+
+    pipe = PARTextToImagePipeline.from_pretrained(tmp_path / "text")
+    alone = pipe("nine", generator=torch.Generator().manual_seed(5 + 3)).images[0]
+    assert abs(np.asarray(alone).astype(int) - np.asarray(picture)[8:, :8]).max() <= 1
+    capsys.readouterr()  # the bars of drawing
+    assert "must draw from labels" in failure([*command, "--labels", "3"], capsys)
+    assert "must draw from prompts" in failure(["generate", "--model", str(folder), "--prompt", "a"], capsys)
+    assert "give either TEXT, --labels or --prompt" in failure([*command, "A", "--prompt", "a"], capsys)
+
+
 def test_generate_hands_sampling_options_on(folder, tmp_path):
     def draw(name, *options):
         command = ["generate", "A", "--model", str(folder), "--seed", "1", "--output", str(tmp_path / name)]
@@ -88,8 +106,8 @@ def test_generate_hands_sampling_options_on(folder, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate"], "TEXT or --labels"),
-        (["generate", "A", "--labels", "A"], "TEXT or --labels"),
+        (["generate"], "TEXT, --labels or --prompt"),
+        (["generate", "A", "--labels", "A"], "TEXT, --labels or --prompt"),
         (["generate", " "], "TEXT"),
         (["generate", "AZ"], "'Z' is not a label.*"),
         (["generate", "--labels", "Z"], "'Z' is not a label"),

@@ -21,7 +21,7 @@ from par_diffusers.conversion.convert_llamagen import PUBLISHED_SIZES
 from par_diffusers.folders import write_text
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
 from par_diffusers.pipelines import PARPipeline
-from par_diffusers.sampling.loading import int8_weights, load_pipeline, prepare
+from par_diffusers.sampling.loading import int8_weights, load_pipeline, prepare, stored_tensors
 from par_diffusers.schedulers import PARScheduler
 from par_diffusers.settings import BenchmarkSettings, LoadingSettings
 from par_diffusers.training.train import measured_tflops
@@ -99,16 +99,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def stored_bytes(tensor: torch.Tensor) -> int:
-    """Of a weight as it lies in memory, quantized ones with their scales."""
-    if isinstance(tensor, torch.nn.Parameter):
-        tensor = tensor.data
-    if type(tensor) is torch.Tensor:
-        return tensor.nbytes
-    names, _ = tensor.__tensor_flatten__()
-    return sum(getattr(tensor, name).nbytes for name in names)
-
-
 @dataclass
 class Work:
     """What the steps of a call must do, whoever does it: bytes to read and floating-point operations of each step."""
@@ -122,7 +112,10 @@ class Work:
         config, model = pipe.transformer.config, pipe.transformer
         tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
         weights = sum(p.numel() for p in model.parameters()) - sum(table.numel() for table in tables)
-        weight_bytes = sum(map(stored_bytes, model.parameters())) - sum(map(stored_bytes, tables))
+        stored = [
+            sum(part.nbytes for w in each for part in stored_tensors(w)) for each in (model.parameters(), tables)
+        ]
+        weight_bytes = stored[0] - stored[1]
         width = config.num_key_value_heads * config.head_dim
         slot_bytes = 2 * config.num_hidden_layers * width * model.dtype.itemsize
         found = cls([], [])

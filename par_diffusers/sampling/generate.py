@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from par_diffusers.pipelines import PARPipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
 
 
 def spell(pipe: PARPipeline, text: str) -> list[str | None]:
@@ -32,7 +32,7 @@ def spell(pipe: PARPipeline, text: str) -> list[str | None]:
 
 
 def generate(
-    pipe: PARPipeline,
+    pipe: PARPipeline | PARTextToImagePipeline,
     labels: list[str | int | None],
     *,
     num_images: int = 1,
@@ -41,14 +41,14 @@ def generate(
     **kwargs,
 ) -> list[Image.Image | None]:
     """
-    `num_images` images of each label, label after label; None labels give None.
+    `num_images` images of each label or prompt, one after the other; None labels give None.
 
     Image i is drawn from the seed `seed + i` alone, so that neither the batch size nor its neighbours change it.
 
     Args:
-        pipe (`PARPipeline`): The pipeline.
-        labels (`list`): Label names or class ids; None leaves a gap.
-        num_images (`int`, defaults to 1): Images of each label.
+        pipe (`PARPipeline` or `PARTextToImagePipeline`): The pipeline.
+        labels (`list`): Label names or class ids, or prompts; None leaves a gap.
+        num_images (`int`, defaults to 1): Images of each of them.
         seed (`int`, defaults to 0): Seed of the first image.
         batch_size (`int`, defaults to 32): Images generated at a time.
         kwargs: More arguments of the pipeline's call: `guidance_scale`, `temperature`, `top_k`, ...
@@ -63,12 +63,13 @@ def generate(
     ]
     if not jobs:
         raise ValueError("`labels` must name at least one image, got none.")
-    pipe.prepare_class_labels([label for _, label in jobs])  # an unknown label stops before the first batch
+    if isinstance(pipe, PARPipeline):
+        pipe.prepare_class_labels([label for _, label in jobs])  # an unknown label stops before the first batch
     images = [None] * (len(labels) * num_images)
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator(pipe.device).manual_seed(seed + i) for i, _ in batch]
-        drawn = pipe(class_labels=[label for _, label in batch], generator=generators, **kwargs).images
+        drawn = pipe([label for _, label in batch], generator=generators, **kwargs).images
         for (i, _), image in zip(batch, drawn, strict=True):
             images[i] = image
     return images

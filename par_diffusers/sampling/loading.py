@@ -4,17 +4,21 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from diffusers import DiffusionPipeline
 
 from par_diffusers.cli import check_installed
-from par_diffusers.pipelines import PARPipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
 from par_diffusers.settings import LoadingSettings
+
+
+_CLASSES = {cls.__name__: cls for cls in (PARPipeline, PARTextToImagePipeline)}
 
 
 def load_pipeline(
     model: str | Path, settings: LoadingSettings, device: str | torch.device, batch_size: int
-) -> PARPipeline:
+) -> PARPipeline | PARTextToImagePipeline:
     """
-    A pipeline, ready for calls of `batch_size` images.
+    A pipeline of the class that its folder names, ready for calls of `batch_size` images.
 
     Example:
 
@@ -35,10 +39,24 @@ def load_pipeline(
         from transformers import TorchAoConfig
 
         quantization = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(int8_weights())})
-    dtype = {"transformer": getattr(torch, settings.dtype), "default": torch.float32}
-    pipe = PARPipeline.from_pretrained(model, dtype=dtype, quantization_config=quantization).to(device)
+    index = DiffusionPipeline.load_config(model)
+    name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
+    if name not in _CLASSES:
+        raise ValueError(f"`model` must be a pipeline of {' or '.join(_CLASSES)}, {model} is of {name}.")
+    # a text encoder may be many times the backbone: it stays as it was saved, which is what "auto" says
+    dtype = {"transformer": getattr(torch, settings.dtype), "text_encoder": "auto", "default": torch.float32}
+    if "text_encoder" not in index:
+        dtype.pop("text_encoder")
+    pipe = _CLASSES[name].from_pretrained(model, dtype=dtype, quantization_config=quantization).to(device)
     prepare(pipe, settings.mode, batch_size)
     return pipe
+
+
+def check_condition(pipe: PARPipeline | PARTextToImagePipeline, model: str | Path, is_text: bool) -> None:
+    """Raises a `ValueError` where prompts are given to a model of labels, or labels to one of text."""
+    if is_text != isinstance(pipe, PARTextToImagePipeline):
+        kinds = ("labels", "prompts")
+        raise ValueError(f"`model` must draw from {kinds[is_text]}, {model} draws from {kinds[not is_text]}.")
 
 
 def int8_weights():
@@ -47,6 +65,14 @@ def int8_weights():
     from torchao.quantization import Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig()
+
+
+def stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """What lies in memory for a weight: itself, or codes and scales of a quantized one."""
+    data = weight.data if isinstance(weight, torch.nn.Parameter) else weight
+    if type(data) is torch.Tensor:
+        return [data]
+    return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
 
 
 def prepare(pipe: PARPipeline, mode: str, batch_size: int) -> None:

@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from par_diffusers._version import __version__
 from par_diffusers.folders import lock_folder, publish, write_text
-from par_diffusers.pipelines import PARPipeline
-from par_diffusers.sampling.loading import load_pipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
+from par_diffusers.sampling.loading import check_condition, load_pipeline, stored_tensors
 from par_diffusers.settings import SamplingSettings
 
 
 MANIFEST = "manifest.json"
 # what may differ between a run and its continuation: it changes no image
-_FREE = ("output", "model", "batch_size", "png", "num_preview_images")
+_FREE = ("output", "model", "batch_size", "png", "num_preview_images", "prompts")
 
 
 def image_seed(seed: int, index: int, purpose: str = "tokens") -> int:
@@ -50,8 +50,31 @@ def image_labels(pipe: PARPipeline, labels: tuple[str, ...], seed: int, indices:
     return [ids[index % len(ids)] for index in indices]
 
 
+def read_prompts(file: str | Path) -> list[str]:
+    """The prompts of a file: its lines, or those of a TSV's column `prompt` (its first, where none has that name)."""
+    file = Path(file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`prompts`: `{file}` cannot be read: {error}") from None
+    first = 1
+    if file.suffix == ".tsv":
+        rows = [line.split("\t") for line in lines]
+        names = [name.strip().lower() for name in rows[0]] if rows else []
+        column = names.index("prompt") if "prompt" in names else 0
+        first = 2 if "prompt" in names else 1
+        lines = [row[column] if column < len(row) else "" for row in rows[first - 1 :]]
+    empty = [str(number) for number, line in enumerate(lines, first) if not line.strip()]
+    if empty or not lines:
+        which = f"line {', '.join(empty[:5])} has none" if lines else "it has none"
+        raise ValueError(f"`prompts`: `{file}` must have a prompt in every line, {which}.")
+    return [line.strip() for line in lines]
+
+
 @torch.no_grad()
-def draw_images(pipe: PARPipeline, indices: range, labels: list[int], settings: SamplingSettings) -> torch.Tensor:
+def draw_images(
+    pipe: PARPipeline | PARTextToImagePipeline, indices: range, labels: list[int | str], settings: SamplingSettings
+) -> torch.Tensor:
     """The images of `indices`, uint8 (B, H, W, 3) on the CPU, converted as the published scripts do."""
     generators = [torch.Generator(pipe.device).manual_seed(image_seed(settings.seed, i)) for i in indices]
     tokens = pipe(labels, generator=generators, output_type="latent", **settings.call_arguments()).images
@@ -63,7 +86,8 @@ def draw_images(pipe: PARPipeline, indices: range, labels: list[int], settings: 
 
 def sample(settings: SamplingSettings) -> Path:
     """
-    Draws `num_samples` images and returns the folder `settings.output`.
+    Draws `num_samples` images and returns the folder `settings.output`. With prompts, the labels of images are the numbers of
+    their prompts, from 0.
 
     The folder gets shards (`samples-00000.safetensors`: `images` uint8 (n, H, W, 3), `labels`), each whole as soon as it is
     there, and at the end `samples.npz` as the ADM suite reads it (`arr_0` the images, `arr_1` the labels), and
@@ -82,13 +106,26 @@ def sample(settings: SamplingSettings) -> Path:
     accelerator = Accelerator()
     pipe = load_pipeline(settings.model, settings, accelerator.device, settings.batch_size)
     pipe.set_progress_bar_config(disable=True)
-    image_labels(pipe, settings.labels, settings.seed, range(1))  # an unknown label stops before the first image
+    check_condition(pipe, settings.model, is_text=settings.prompts is not None)
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    count = settings.num_samples or (50000 if prompts is None else len(prompts))
+
+    def label_ids(indices: range) -> list[int]:
+        """Class ids, or numbers of prompts."""
+        if prompts is not None:
+            return [index % len(prompts) for index in indices]
+        return image_labels(pipe, settings.labels, settings.seed, indices)
+
+    label_ids(range(1))  # an unknown label stops before the first image
     pipe.scheduler.check_sampling(**settings.call_arguments())
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
-    facts |= _resolved(pipe, settings) | {"labels": list(settings.labels), "weights": _fingerprint(pipe)}
+    facts |= _resolved(pipe, settings) | {"num_samples": count, "weights": _fingerprint(pipe)}
+    facts["labels"] = (
+        list(settings.labels) if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    )
     output = Path(settings.output)
-    starts = range(0, settings.num_samples, settings.shard_size)
-    ranges = [range(start, min(start + settings.shard_size, settings.num_samples)) for start in starts]
+    starts = range(0, count, settings.shard_size)
+    ranges = [range(start, min(start + settings.shard_size, count)) for start in starts]
     files = [output / f"samples-{number:05}.safetensors" for number in range(len(ranges))]
     with lock_folder(output, accelerator):
         if accelerator.is_main_process:
@@ -98,22 +135,23 @@ def sample(settings: SamplingSettings) -> Path:
         accelerator.wait_for_everyone()
         mine = list(zip(files, ranges, strict=True))[accelerator.process_index :: accelerator.num_processes]
         missing = [(file, indices) for file, indices in mine if not file.exists()]
-        count = sum(len(indices) for _, indices in missing)
+        to_draw = sum(len(indices) for _, indices in missing)
         started = time.perf_counter()
-        bar = tqdm(total=count, unit="images", desc="sampling")
+        bar = tqdm(total=to_draw, unit="images", desc="sampling")
         for file, indices in missing:
-            labels = image_labels(pipe, settings.labels, settings.seed, indices)
+            labels = label_ids(indices)
+            conditions = labels if prompts is None else [prompts[number] for number in labels]
             parts = []
             for start in range(0, len(indices), settings.batch_size):
                 part = slice(start, start + settings.batch_size)
-                parts.append(draw_images(pipe, indices[part], labels[part], settings))
+                parts.append(draw_images(pipe, indices[part], conditions[part], settings))
                 bar.update(len(parts[-1]))
             partial = file.with_name(f".{file.name}.partial")
             save_file({"images": torch.cat(parts), "labels": torch.tensor(labels)}, partial)
             publish(partial, file)
         bar.close()
         seconds = time.perf_counter() - started
-        drawn = int(accelerator.reduce(torch.tensor(count, device=accelerator.device)))
+        drawn = int(accelerator.reduce(torch.tensor(to_draw, device=accelerator.device)))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _write_npz(output / "samples.npz", files)
@@ -122,7 +160,7 @@ def sample(settings: SamplingSettings) -> Path:
             if settings.png:
                 _write_png(output / "png", files)
             print(
-                f"{output}: {settings.num_samples} images, {drawn} of them now"
+                f"{output}: {count} images, {drawn} of them now"
                 + (f", {drawn / seconds:.2f} images/s" if drawn else "")
             )
         accelerator.wait_for_everyone()
@@ -136,13 +174,14 @@ def _resolved(pipe: PARPipeline, settings: SamplingSettings) -> dict:
     return {name: pipe.scheduler.config[name] if value is None else value for name, value in given.items()}
 
 
-def _fingerprint(pipe: PARPipeline) -> str:
-    """SHA-256 of backbone, tokenizer and plan."""
+def _fingerprint(pipe: PARPipeline | PARTextToImagePipeline) -> str:
+    """SHA-256 of plan and weights."""
     digest = hashlib.sha256()
     plan = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     digest.update(json.dumps(plan, sort_keys=True).encode())
-    for component in (pipe.transformer, pipe.vqvae):
-        add_weights(digest, component)
+    for _, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module):
+            add_weights(digest, component)
     return digest.hexdigest()
 
 
@@ -150,7 +189,8 @@ def add_weights(digest, component: torch.nn.Module) -> None:
     """Feeds names and values of all weights to a hash of hashlib."""
     for name, tensor in sorted(component.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in stored_tensors(tensor):
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _write_manifest(output: Path, settings: SamplingSettings, facts: dict) -> None:

@@ -10,7 +10,7 @@ from launching import finish, start
 from PIL import Image
 from safetensors.torch import load_file
 
-from par_diffusers import PARPipeline
+from par_diffusers import PARPipeline, PARTextToImagePipeline
 from par_diffusers.sampling.sample import image_labels, image_seed, sample
 from par_diffusers.settings import SamplingSettings
 
@@ -197,3 +197,79 @@ def test_what_cannot_be_drawn_is_said_first(options):
     with pytest.raises(ValueError, match="`guidance_interval` must be two steps"):
         sample(SamplingSettings(**options, guidance_interval=(3, 1)))
     assert not options["output"].exists()
+
+
+@pytest.mark.parametrize("how", [{"mode": "packed"}, {"quantization": "int8"}], ids=str)
+def test_packed_and_quantized_models_draw_nearly_the_same(how, options, plain):
+    images, labels = load(sample(SamplingSettings(**options | how)))
+    assert np.array_equal(labels, plain[1])
+    assert (np.abs(images.astype(int) - plain[0]).max((1, 2, 3)) <= 1).mean() > 0.5
+    with pytest.raises(ValueError, match="differs in"):
+        sample(SamplingSettings(**options))
+
+
+PROMPTS = ["three eight", "nine", "one two six"]
+
+
+@pytest.fixture(scope="module")
+def text_model(make_text_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    make_text_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.tsv", "headless.tsv"])
+def test_prompts_are_taken_in_turn(name, text_model, tmp_path):
+    text = {
+        "prompts.txt": "\n".join(PROMPTS) + "\n",
+        "prompts.tsv": "Category\tPrompt\n" + "".join(f"numbers\t{prompt}\n" for prompt in PROMPTS),
+        "headless.tsv": "".join(f"{prompt}\tnumbers\n" for prompt in PROMPTS),
+    }
+    (tmp_path / name).write_text(text[name])
+    options = {"model": text_model, "prompts": tmp_path / name, "output": tmp_path / "out", "seed": 5, "batch_size": 2}
+    images, labels = load(sample(SamplingSettings(**options, png=True)))
+    assert labels.tolist() == [0, 1, 2]
+    assert sorted(file.name for file in (tmp_path / "out" / "png").iterdir()) == [f"{i:06}.png" for i in range(3)]
+    pipe = PARTextToImagePipeline.from_pretrained(text_model)
+    for index, prompt in enumerate(PROMPTS):
+        generator = [torch.Generator().manual_seed(image_seed(5, index))]
+        pixels = pipe.decode_latents(pipe(prompt, generator=generator, output_type="latent").images)
+        expected = (127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).detach().numpy()
+        assert np.abs(images[index] - expected[0]).max() <= 1
+    more = load(sample(SamplingSettings(**options | {"output": tmp_path / "more", "num_samples": 5})))
+    assert more[1].tolist() == [0, 1, 2, 0, 1] and np.abs(more[0][:3].astype(int) - images).max() <= 1
+    assert not np.array_equal(more[0][0], more[0][3])
+
+
+def test_other_prompts_are_another_sampling(text_model, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").write_text("one\nsix\n")
+    options = {"model": text_model, "output": tmp_path / "out"}
+    sample(SamplingSettings(**options, prompts=tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match="`output`.*differs in labels"):
+        sample(SamplingSettings(**options, prompts=tmp_path / "b.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "`prompts`.*a prompt in every line, it has none"),
+        ("one\n\ntwo\n  \n", "`prompts`.*line 2, 4 has none"),
+        (b"\xff\xfe", "`prompts`.*cannot be read"),
+        (None, "`prompts`.*cannot be read"),
+    ],
+)
+def test_bad_prompt_files_are_refused(text, message, text_model, tmp_path):
+    if text is not None:
+        (tmp_path / "prompts.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        sample(SamplingSettings(model=text_model, prompts=tmp_path / "prompts.txt", output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_go_with_models_of_text_only(model, text_model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="`model` must draw from prompts, .* draws from labels"):
+        sample(SamplingSettings(model=model, prompts=tmp_path / "prompts.txt", output=tmp_path / "out"))
+    with pytest.raises(ValueError, match="`model` must draw from labels, .* draws from prompts"):
+        sample(SamplingSettings(model=text_model, output=tmp_path / "out"))
