@@ -357,17 +357,16 @@ def read_labels(file: str | Path, num_classes: int | None = None, argument: str 
     return {str(i): names[str(i)].strip() for i in range(num_classes)}
 
 
-def load_text_encoder(source: str | Path, config: PARConfig) -> dict[str, Any]:
-    """`text_encoder` and `tokenizer` of a T5 that fits the model."""
+def load_text_encoder(source: str | Path, channels: int | None = None) -> dict[str, Any]:
+    """`text_encoder` and `tokenizer` of a T5, with features of the width `channels` where that is given."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         encoder = T5EncoderModel.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         raise ValueError(f"`text_encoder`: `{source}` is not a T5 with a tokenizer: {error}") from None
-    if encoder.config.d_model != config.caption_channels:
+    if channels not in (None, encoder.config.d_model):
         raise ValueError(
-            f"`text_encoder` must have features of width {config.caption_channels}, `{source}` has "
-            f"{encoder.config.d_model}."
+            f"`text_encoder` must have features of width {channels}, `{source}` has {encoder.config.d_model}."
         )
     return {"text_encoder": encoder, "tokenizer": tokenizer}
 
@@ -463,7 +462,7 @@ def convert_llamagen_checkpoint(
     if labels is None and config.condition == "class" and config.num_classes == 1000:
         labels = LABELS
     id2label = read_labels(labels, config.num_classes) if labels is not None else None
-    encoder = {} if text_encoder is None else load_text_encoder(text_encoder, config)
+    encoder = {} if text_encoder is None else load_text_encoder(text_encoder, config.caption_channels)
 
     with torch.device("meta"):
         model = PARForConditionalGeneration(config)

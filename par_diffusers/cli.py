@@ -17,6 +17,7 @@ from par_diffusers.settings import (
     EntropySettings,
     EvaluationSettings,
     ExtractionSettings,
+    FeatureSettings,
     LoadingSettings,
     SamplingSettings,
     TokenizerSettings,
@@ -364,6 +365,26 @@ def _extract_codes(args: argparse.Namespace, argv: list[str]) -> None:
     extract_codes(settings)
 
 
+def _add_extract_features(commands) -> None:
+    parser = commands.add_parser(
+        "extract-features",
+        help="captions to the features that training reads",
+        description="Encodes captions with a T5, into shards. Called again, it goes on where it was interrupted.",
+        epilog="""examples:
+  accelerate launch -m par_diffusers extract-features --data codes --text-encoder google/flan-t5-xl --output features""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, FeatureSettings)
+    parser.set_defaults(run=_extract_features)
+
+
+def _extract_features(args: argparse.Namespace, argv: list[str]) -> None:
+    settings = read_settings(FeatureSettings, args)
+    from par_diffusers.training.extract_features import extract_features
+
+    extract_features(settings)
+
+
 def _add_train(commands) -> None:
     parser = commands.add_parser(
         "train",
@@ -467,6 +488,7 @@ def main(argv: list[str] | None = None) -> None:
         _add_plan,
         _add_entropy,
         _add_extract_codes,
+        _add_extract_features,
         _add_train,
         _add_train_tokenizer,
     )

@@ -1,5 +1,6 @@
 """Output folders that several processes and later runs share."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 
 
 @contextmanager
@@ -44,6 +46,19 @@ def write_text(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     publish(partial, file)
+
+
+def check_same_extraction(output: Path, kind: str, files: list[Path], facts: dict) -> None:
+    """The shards `kind-*.safetensors` that are there already must be those that would be written."""
+    for file in sorted(output.glob(f"{kind}-*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            theirs = json.loads(shard.metadata()["extraction"])
+        other = [name for name in facts if facts[name] != theirs.get(name)]
+        if other or file not in files:
+            raise ValueError(
+                f"`output` must be new or hold an extraction with the same settings, {output} differs in "
+                f"{', '.join(other) or 'the number of shards'}."
+            )
 
 
 def sync_folder(folder: Path) -> None:

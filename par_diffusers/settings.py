@@ -68,6 +68,8 @@ class TrainingSettings(_RunSettings):
     data: str = option(MISSING, "folder of codes made by extract-codes, or in LlamaGen's layout (codes/, labels/)")
     vqvae: str | None = option(None, "tokenizer of the codes: pipeline folder, VQModel folder or embedded model")
     model: str | None = option(None, "pipeline folder whose backbone training starts from (default: from scratch)")
+    features: str | None = option(None, "folder made by extract-features: train on captions (default: on classes)")
+    validation_features: str | None = option(None, "the same of the validation data")
     labels: str | None = option(
         None, "label names in the order of class ids: JSON, or one a line (default: the classes of the data)"
     )
@@ -146,6 +148,20 @@ class ExtractionSettings(_Settings):
     shard_size: int = option(4096, "images of a shard", least=1)
     batch_size: int = option(32, "images at a time", least=1)
     dataloader_num_workers: int = option(0, "processes that load images, for each process", least=0)
+
+
+@dataclass
+class FeatureSettings(_Settings):
+    """Settings of [`~par_diffusers.training.extract_features.extract_features`]."""
+
+    data: str = option(MISSING, "folder of codes whose images have captions, or a file with a caption a line")
+    output: str = option(MISSING, "folder of the shards")
+    text_encoder: str = option(MISSING, "folder or Hub repository of a T5 with its tokenizer")
+    max_length: int = option(120, "tokens of a caption; longer ones are cut", least=1)
+    clean_caption: bool = option(False, "clean captions of links, HTML, ... (needs ftfy and beautifulsoup4)")
+    dtype: str = option("float32", "of the encoder and of the features", ("float32", "bfloat16"))
+    shard_size: int = option(4096, "captions of a shard", least=1)
+    batch_size: int = option(32, "captions at a time", least=1)
 
 
 @dataclass(kw_only=True)

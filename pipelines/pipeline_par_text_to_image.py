@@ -44,7 +44,34 @@ def left_pad(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
     return features * mask[:, :, None].to(features.dtype), mask
 
 
-class PARTextToImagePipeline(PARPipelineBase):
+@torch.no_grad()
+def encode_text(
+    text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Right-padded features (B, length, channels) of texts and their mask (B, length), on the device of the encoder. Texts of
+    more than `length` tokens are cut, with a warning.
+    """
+    inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    inputs = inputs.to(text_encoder.device)
+    for ids in tokenizer(texts).input_ids:
+        if len(ids) > length:
+            logger.warning(
+                f"The following part of your input was truncated because the model takes {length} tokens: "
+                f"{tokenizer.decode(ids[length - 1 : -1])!r}"
+            )
+    return text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0], inputs.attention_mask
+
+
+class CaptionPreprocessing:
+    """Text in lower case, or with the cleaning of DeepFloyd IF, which LlamaGen's code takes over."""
+
+    bad_punct_regex = PixArtAlphaPipeline.bad_punct_regex
+    _clean_caption = PixArtAlphaPipeline._clean_caption
+    _text_preprocessing = PixArtAlphaPipeline._text_preprocessing
+
+
+class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
     r"""
     Pipeline for images from text by autoregressive generation, one token at a time or several in parallel (PAR).
 
@@ -66,10 +93,6 @@ class PARTextToImagePipeline(PARPipelineBase):
     # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
     _source = travelling_source(__file__)
     _condition = "caption"
-    # lower case, or the cleaning of DeepFloyd IF, which LlamaGen's code takes over
-    bad_punct_regex = PixArtAlphaPipeline.bad_punct_regex
-    _clean_caption = PixArtAlphaPipeline._clean_caption
-    _text_preprocessing = PixArtAlphaPipeline._text_preprocessing
 
     def __init__(
         self,
@@ -151,17 +174,8 @@ class PARTextToImagePipeline(PARPipelineBase):
         self, text: str | list[str], device: torch.device, clean_caption: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text = self._text_preprocessing(text, clean_caption=clean_caption)
-        length = self.transformer.config.caption_length
-        inputs = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        whole = self.tokenizer(text).input_ids
-        for ids in whole:
-            if len(ids) > length:
-                logger.warning(
-                    f"The following part of your input was truncated because the model takes {length} tokens: "
-                    f"{self.tokenizer.decode(ids[length - 1 : -1])!r}"
-                )
-        mask = inputs.attention_mask.to(device)
-        return self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0], mask
+        features, mask = encode_text(self.text_encoder, self.tokenizer, text, self.transformer.config.caption_length)
+        return features.to(device), mask.to(device)
 
     def check_prompts(
         self,

@@ -146,7 +146,7 @@ def draw_pictures(folder: Path, count: int, size: int = 16, seed: int = 0) -> Pa
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pictures():
     return draw_pictures
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from par_diffusers.conversion.convert_llamagen import read_labels
-from par_diffusers.folders import lock_folder, publish
+from par_diffusers.folders import check_same_extraction, lock_folder, publish, write_text
 from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.codes import INDEX, encode, grid_size, load_vqvae, tokenizer_fingerprint
 from par_diffusers.training.images import UNREADABLE, ImageFolder, to_pixels
@@ -80,7 +79,7 @@ def extract_codes(settings: ExtractionSettings) -> Path:
         if accelerator.is_main_process:
             for partial in output.glob(".*.partial"):
                 partial.unlink()
-            _check_same(output, files, facts)
+            check_same_extraction(output, "codes", files, facts)
         accelerator.wait_for_everyone()
         mine = list(zip(files, ranges, strict=True))[accelerator.process_index :: accelerator.num_processes]
         missing = [(file, indices) for file, indices in mine if not file.exists()]
@@ -108,19 +107,6 @@ def extract_codes(settings: ExtractionSettings) -> Path:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return output
-
-
-def _check_same(output: Path, files: list[Path], facts: dict) -> None:
-    """Shards that are there already must be those that would be written."""
-    for file in sorted(output.glob("codes-*.safetensors")):
-        with safe_open(file, "pt") as shard:
-            theirs = json.loads(shard.metadata()["extraction"])
-        other = [name for name in facts if facts[name] != theirs.get(name)]
-        if other or file not in files:
-            raise ValueError(
-                f"`output` must be new or hold an extraction with the same settings, {output} differs in "
-                f"{', '.join(other) or 'the number of shards'}."
-            )
 
 
 def _write_shard(file, images, indices, vqvae, grid, facts, settings, bar) -> None:
@@ -165,7 +151,5 @@ def _write_index(output: Path, files: list[Path], facts: dict) -> dict:
     if not any(shard["num_images"] for shard in shards):
         raise ValueError(f"`data` must hold images that can be read, none of {len(skipped)} can.")
     index = facts | {"shards": shards, "skipped": skipped}
-    partial = output / f".{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output / INDEX)
+    write_text(output / INDEX, json.dumps(index, indent=1) + "\n")
     return index

@@ -57,7 +57,7 @@ def list_images(folder: Path) -> list[Path]:
 class ImageFolder(Dataset):
     """
     Images with classes, sorted by name: `folder/class name/.../image`, or flat with `metadata.csv` (or `metadata.jsonl`)
-    that has the columns `file_name` and `label`. Image i is `load(i)`, uint8 (views, 3, image_size, image_size).
+    that has the columns `file_name` and `label`, or `text` for captions (then every caption is a class). Image i is `load(i)`, uint8 (views, 3, image_size, image_size).
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -140,12 +140,13 @@ def _read_metadata(folder: Path) -> list[tuple[str, str]] | None:
         name = "metadata.jsonl"
     else:
         return None
-    if not all(row.get("file_name") and row.get("label") not in (None, "") for row in rows):
-        raise ValueError(f"{folder / name} must give `file_name` and `label` for every image.")
+    column = "text" if rows and "text" in rows[0] and "label" not in rows[0] else "label"
+    if not all(row.get("file_name") and row.get(column) not in (None, "") for row in rows):
+        raise ValueError(f"{folder / name} must give `file_name` and `label` (or `text`) for every image.")
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         raise ValueError(f"{folder / name} names {len(missing)} files that are not there: {missing[0]}, ...")
-    return [(row["file_name"], str(row["label"])) for row in rows]
+    return [(row["file_name"], str(row[column])) for row in rows]
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

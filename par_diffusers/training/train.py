@@ -18,12 +18,14 @@ from par_diffusers.analysis.heatmap import draw_heatmap
 from par_diffusers.conversion.convert_llamagen import read_labels
 from par_diffusers.folders import lock_folder
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
-from par_diffusers.pipelines import PARPipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
+from par_diffusers.pipelines.pipeline_par_text_to_image import left_pad
 from par_diffusers.sampling.generate import generate, lay_out
 from par_diffusers.schedulers import PARScheduler
 from par_diffusers.settings import TrainingSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
 from par_diffusers.training.codes import CodeDataset, load_vqvae
+from par_diffusers.training.features import CaptionFeatures
 from par_diffusers.training.run import (
     TrainingRun,
     gather_state,
@@ -61,6 +63,7 @@ def validation_losses(
     scheduler: PARScheduler,
     vocab_size: int,
     dataset: CodeDataset,
+    collate: "Collate",
     num_samples: int,
     batch_size: int,
     accelerator: Accelerator,
@@ -72,15 +75,11 @@ def validation_losses(
     model.eval()
     total = torch.zeros(len(scheduler.token_order), dtype=torch.float64, device=accelerator.device)
     for part in places.split(batch_size):
-        codes, class_labels = _collate(
+        codes, condition = collate(
             [dataset[int(place) % num_samples * len(dataset) // num_samples, 0] for place in part]
         )
         losses = token_losses(
-            model,
-            scheduler,
-            vocab_size,
-            codes.to(accelerator.device),
-            class_labels=class_labels.to(accelerator.device),
+            model, scheduler, vocab_size, codes.to(accelerator.device), **_to(condition, accelerator.device)
         )
         total += losses[(part < num_samples).to(losses.device)].sum(0).double()
     model.train()
@@ -129,7 +128,7 @@ def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def build_model(
-    settings: TrainingSettings, dataset: CodeDataset, vqvae: VQModel
+    settings: TrainingSettings, dataset: CodeDataset, vqvae: VQModel, features: CaptionFeatures | None = None
 ) -> tuple[PARForConditionalGeneration, PARScheduler, dict[str, str] | None]:
     """Backbone, scheduler and `id2label` that the settings ask for, from scratch or from the pipeline `settings.model`."""
     plan = {name: getattr(settings, name) for name in _PLAN if getattr(settings, name) is not None}
@@ -138,37 +137,59 @@ def build_model(
     vocab_size = vqvae.config.num_vq_embeddings
     torch.manual_seed(settings.seed)
     if settings.model is None:
-        scheduler = PARScheduler(grid_size=dataset.grid_size, **plan)
         if dataset.classes is None:
             raise ValueError("`model` must be given for codes in LlamaGen's layout: they do not say their classes.")
+        if features is None:
+            condition = {"num_classes": len(dataset.classes)}
+        else:
+            condition = {
+                "condition": "caption",
+                "caption_length": features.max_length,
+                "caption_channels": features.channels,
+            }
+        prefix_length = PARConfig(**condition).num_condition_slots
+        scheduler = PARScheduler(grid_size=dataset.grid_size, prefix_length=prefix_length, **plan)
         config = PARConfig(
+            **condition,
             vocab_size=vocab_size,
-            num_classes=len(dataset.classes),
             num_learnable_tokens=scheduler.num_learnable_tokens,
             **sizes,
             **dropouts,
         )
-        return PARForConditionalGeneration(config), scheduler, _read_labels(settings, dataset, config)
+        labels = _read_labels(settings, dataset, config) if features is None else None
+        return PARForConditionalGeneration(config), scheduler, labels
 
     if sizes:
         raise ValueError(f"`{next(iter(sizes))}` must not be given together with `model`, whose backbone has its own.")
-    pipe = PARPipeline.from_pretrained(settings.model, dtype=torch.float32)
+    pipe_class = PARPipeline if features is None else PARTextToImagePipeline
+    without = {} if features is None else {"text_encoder": None, "tokenizer": None}
+    pipe = pipe_class.from_pretrained(settings.model, dtype=torch.float32, **without)
     config = pipe.transformer.config
+    if features is not None and (config.caption_length, config.caption_channels) != (
+        features.max_length,
+        features.channels,
+    ):
+        raise ValueError(
+            f"`features` must be {config.caption_length} of width {config.caption_channels}, as `model` takes them, "
+            f"{settings.features} has {features.max_length} of {features.channels}."
+        )
     if config.vocab_size != vocab_size:
         raise ValueError(
             f"`model` must have the {vocab_size} codes of the tokenizer, {settings.model} has {config.vocab_size}."
         )
     classes = config.num_classes if dataset.classes is None else len(dataset.classes)
-    if classes > config.num_classes:
+    if features is None and classes > config.num_classes:
         raise ValueError(f"`data` must have at most the {config.num_classes} classes of `model`, it has {classes}.")
     # a region grid belongs to a number of parallel tokens
     inherited = {"region_grid": None} if "num_parallel_tokens" in plan else {}
     scheduler = PARScheduler.from_config(pipe.scheduler.config, grid_size=dataset.grid_size, **inherited | plan)
     for name, value in dropouts.items():
         setattr(config, name, value)
-    labels = pipe.config.id2label
-    if labels is None or settings.labels is not None:
-        labels = _read_labels(settings, dataset, config)
+    labels = None
+    if features is None:
+        labels = pipe.config.id2label
+        if labels is None or settings.labels is not None:
+            labels = _read_labels(settings, dataset, config)
     return with_learnable_tokens(pipe.transformer, scheduler.num_learnable_tokens), scheduler, labels
 
 
@@ -193,8 +214,24 @@ def with_learnable_tokens(
     return result
 
 
-def _collate(samples: list[tuple[torch.LongTensor, int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
-    return torch.stack([codes for codes, _ in samples]), torch.tensor([label for _, label in samples])
+class Collate:
+    """Samples of a [`CodeDataset`] -> codes (B, *grid_size) and what the model takes as their condition."""
+
+    def __init__(self, features: CaptionFeatures | None):
+        self.features = features
+
+    def __call__(
+        self, samples: list[tuple[torch.LongTensor, int]]
+    ) -> tuple[torch.LongTensor, dict[str, torch.Tensor]]:
+        codes, labels = torch.stack([codes for codes, _ in samples]), [label for _, label in samples]
+        if self.features is None:
+            return codes, {"class_labels": torch.tensor(labels)}
+        features, mask = left_pad(*self.features.batch(labels))
+        return codes, {"encoder_hidden_states": features, "attention_mask": mask}
+
+
+def _to(condition: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in condition.items()}
 
 
 def train(settings: TrainingSettings, resume: str | None = None) -> Path:
@@ -221,13 +258,21 @@ def train(settings: TrainingSettings, resume: str | None = None) -> Path:
     vqvae = load_vqvae(source)
     dataset = CodeDataset(settings.data, vqvae)
     held_out = None if settings.validation_data is None else CodeDataset(settings.validation_data, vqvae)
-    if held_out is not None and (held_out.grid_size, held_out.classes) != (dataset.grid_size, dataset.classes):
-        raise ValueError(
-            f"`validation_data` must have the grid and the classes of `data`, {dataset.grid_size} and "
-            f"{dataset.classes and len(dataset.classes)} classes, got {held_out.grid_size} and "
-            f"{held_out.classes and len(held_out.classes)}."
-        )
-    model, scheduler, labels = build_model(settings, dataset, vqvae)
+    features = None if settings.features is None else CaptionFeatures(settings.features, dataset.classes)
+    held_out_features = None
+    if held_out is not None and features is not None:
+        if settings.validation_features is None:
+            raise ValueError("`validation_features` must be given with `features` and `validation_data`.")
+        held_out_features = CaptionFeatures(settings.validation_features, held_out.classes)
+    if held_out is not None:
+        same = [held_out.grid_size == dataset.grid_size, features is not None or held_out.classes == dataset.classes]
+        if not all(same):
+            raise ValueError(
+                f"`validation_data` must have the grid and the classes of `data`, {dataset.grid_size} and "
+                f"{dataset.classes and len(dataset.classes)} classes, got {held_out.grid_size} and "
+                f"{held_out.classes and len(held_out.classes)}."
+            )
+    model, scheduler, labels = build_model(settings, dataset, vqvae, features)
     steps_per_epoch = max(len(dataset) // settings.global_batch_size, 1)
     total_steps = settings.max_train_steps or settings.num_train_epochs * steps_per_epoch
     warmup_steps = settings.lr_warmup_steps
@@ -244,14 +289,17 @@ def train(settings: TrainingSettings, resume: str | None = None) -> Path:
         accelerator.num_processes,
     )
     with lock_folder(Path(settings.output), accelerator):
-        run = TrainingRun(accelerator, settings, resume, dataset.fingerprint)
+        fingerprint = dataset.fingerprint + ("" if features is None else features.fingerprint)
+        run = TrainingRun(accelerator, settings, resume, fingerprint)
         batches.steps = range(run.step, total_steps)
-        _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, warmup_steps, total_steps)
+        data = (dataset, features, held_out, held_out_features)
+        _train(run, model, scheduler, vqvae, labels, data, batches, warmup_steps, total_steps)
     return run.folder
 
 
-def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, warmup_steps, total_steps) -> None:
+def _train(run, model, scheduler, vqvae, labels, data, batches, warmup_steps, total_steps) -> None:
     settings, accelerator = run.settings, run.accelerator
+    dataset, features, held_out, held_out_features = data
     device, config = accelerator.device, model.config
     vocab_size = config.vocab_size
     model.set_attn_implementation(settings.attn_implementation)
@@ -283,16 +331,18 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
             return tensors, None
         trained = PARForConditionalGeneration(config)
         trained.load_state_dict(tensors["ema" if ema is not None else "model"])
-        pipe = PARPipeline(trained.eval(), vqvae, scheduler, id2label=labels)
-        return tensors, pipe
+        if features is None:
+            return tensors, PARPipeline(trained.eval(), vqvae, scheduler, id2label=labels)
+        return tensors, PARTextToImagePipeline(trained.eval(), vqvae, scheduler)
 
-    dataset.num_classes = config.num_classes
+    if features is None:
+        dataset.num_classes = config.num_classes
     loader = iter(
         DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=settings.dataloader_num_workers,
-            collate_fn=_collate,
+            collate_fn=Collate(features),
             pin_memory=device.type == "cuda",
         )
     )
@@ -301,7 +351,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
     for step in range(run.step + 1, total_steps + 1):
         started = time.perf_counter()
         for part in range(settings.gradient_accumulation_steps):
-            codes, class_labels = next(loader)
+            codes, condition = next(loader)
             seed_step(settings.seed, step, part, accelerator.process_index)
             with accelerator.accumulate(model):
                 losses = token_losses(
@@ -309,7 +359,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
                     scheduler,
                     vocab_size,
                     codes.to(device, non_blocking=True),
-                    class_labels=class_labels.to(device, non_blocking=True),
+                    **_to(condition, device),
                 )
                 loss = losses.mean()
                 accelerator.backward(loss)
@@ -341,7 +391,14 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
                 part = max(settings.global_batch_size // accelerator.num_processes, 1)
                 with averaged_weights(model, ema):
                     each = validation_losses(
-                        model, scheduler, vocab_size, held_out, settings.validation_samples, part, accelerator
+                        model,
+                        scheduler,
+                        vocab_size,
+                        held_out,
+                        Collate(held_out_features),
+                        settings.validation_samples,
+                        part,
+                        accelerator,
                     )
                 metrics |= _validation_metrics(each, scheduler)
         run.log(step, metrics)
@@ -353,7 +410,7 @@ def _train(run, model, scheduler, vqvae, labels, dataset, held_out, batches, war
         if samples or saves:
             tensors, pipe = gather()
             if samples and accelerator.is_main_process:
-                images = _sample(pipe, settings.num_validation_images, device)
+                images = _sample(pipe, settings.num_validation_images, device, features, dataset.classes)
                 run.log_picture(step, "samples", lay_out(images, 1, is_text=False))
             if saves:
                 run.save_checkpoint(step, tensors, schedule, lambda folder, pipe=pipe: pipe.save_pretrained(folder))
@@ -389,10 +446,22 @@ def _line(step: int, total_steps: int, metrics: dict) -> str:
     )
 
 
-def _sample(pipe: PARPipeline, count: int, device: torch.device) -> list:
-    """Images of classes spread over all, the same ones and from the same seeds each time."""
+def _sample(
+    pipe: PARPipeline | PARTextToImagePipeline,
+    count: int,
+    device: torch.device,
+    features: CaptionFeatures | None,
+    captions: list[str] | None,
+) -> list:
+    """Images of classes or captions spread over all, the same ones and from the same seeds each time."""
     pipe.to(device)
-    classes = torch.linspace(0, pipe.transformer.config.num_classes - 1, count).long().tolist()
-    images = generate(pipe, classes, seed=0)
+    last = pipe.transformer.config.num_classes - 1 if features is None else len(captions) - 1
+    chosen = torch.linspace(0, last, count).long().tolist()
+    if features is None:
+        images = generate(pipe, chosen, seed=0)
+    else:
+        embeds, mask = features.batch(chosen)
+        generators = [torch.Generator(device).manual_seed(i) for i in range(count)]
+        images = pipe(prompt_embeds=embeds, prompt_attention_mask=mask, generator=generators).images
     pipe.to("cpu")
     return images
