@@ -180,8 +180,15 @@ class CallSettings(_Settings):
     top_k: int | None = option(None, "keep the k likeliest tokens, 0 all (default: the model's own)", least=0)
     top_p: float | None = option(None, "keep the likeliest tokens of mass p (default: the model's own)", above=0)
 
+    height: int | None = option(None, "pixels (default: the model's own)", least=1)
+    width: int | None = option(None, "pixels (default: the model's own)", least=1)
+
     def call_arguments(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(CallSettings)}
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Those that a scheduler has defaults for."""
+        return {name: value for name, value in self.call_arguments().items() if name not in ("height", "width")}
 
 
 @dataclass(kw_only=True)

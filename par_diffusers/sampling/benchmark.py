@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -374,26 +375,21 @@ def plot_roofline(found: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     machine = found["machine"]
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     intensities = [row["flops"] / row["bytes"] for row in found["rows"]]
     span = torch.logspace(-1, 4, 200, dtype=torch.double)
     for dtype, rate in machine["flops"].items():
         axes.plot(span, torch.minimum(span * machine["bandwidth"], torch.tensor(rate)) / 1e9, label=f"roof, {dtype}")
+    markers = itertools.cycle("os^vD<>pP*Xh")
     for row, intensity in zip(found["rows"], intensities, strict=True):
-        axes.scatter(intensity, row["flops"] / row["token_seconds"] / 1e9, s=30, color="black", zorder=3)
-        weights = _COLUMNS["weights"](row)
-        name = f"{row['model']} {row['num_parallel_tokens']}x, batch {row['batch_size']}, {weights}, {row['mode']}"
-        axes.annotate(
-            name,
-            (intensity, row["flops"] / row["token_seconds"] / 1e9),
-            xytext=(5, -9),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        name = f"{row['model']} {row['num_parallel_tokens']}x, batch {row['batch_size']}, {_COLUMNS['weights'](row)}"
+        speed = row["flops"] / row["token_seconds"] / 1e9
+        axes.scatter(intensity, speed, s=40, marker=next(markers), zorder=3, label=f"{name}, {row['mode']}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s", title=machine["name"])
-    axes.set_xlim(min(intensities) / 3, max(intensities) * 10)
+    # whole decades, which have few ticks
+    axes.set_xlim(10 ** math.floor(math.log10(min(intensities))), 10 ** math.ceil(math.log10(max(intensities) * 2)))
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

@@ -117,7 +117,7 @@ def sample(settings: SamplingSettings) -> Path:
         return image_labels(pipe, settings.labels, settings.seed, indices)
 
     label_ids(range(1))  # an unknown label stops before the first image
-    pipe.scheduler.check_sampling(**settings.call_arguments())
+    pipe.scheduler.check_sampling(**settings.sampling_arguments())
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
     facts |= _resolved(pipe, settings) | {"num_samples": count, "weights": _fingerprint(pipe)}
     facts["labels"] = (
@@ -170,7 +170,7 @@ def sample(settings: SamplingSettings) -> Path:
 
 def _resolved(pipe: PARPipeline, settings: SamplingSettings) -> dict:
     """What the pipeline's call will use."""
-    given = settings.call_arguments()
+    given = settings.sampling_arguments()
     return {name: pipe.scheduler.config[name] if value is None else value for name, value in given.items()}
 
 

@@ -199,6 +199,13 @@ def test_what_cannot_be_drawn_is_said_first(options):
     assert not options["output"].exists()
 
 
+def test_other_sizes_are_drawn_and_are_another_sampling(options):
+    images, _ = load(sample(SamplingSettings(**options, height=16, width=12)))
+    assert images.shape == (37, 16, 12, 3)
+    with pytest.raises(ValueError, match="differs in height"):
+        sample(SamplingSettings(**options))
+
+
 @pytest.mark.parametrize("how", [{"mode": "packed"}, {"quantization": "int8"}], ids=str)
 def test_packed_and_quantized_models_draw_nearly_the_same(how, options, plain):
     images, labels = load(sample(SamplingSettings(**options | how)))

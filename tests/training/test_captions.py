@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import COLOURS
+from launching import finish, start
 from safetensors.torch import load_file
 
 from par_diffusers import PARTextToImagePipeline
@@ -75,6 +76,16 @@ def test_extraction_of_features_goes_on_where_it_was(data, tmp_path):
     assert (tmp_path / "features" / "features-00000.safetensors").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="same settings.*differs in max_length"):
         extract_features(FeatureSettings(root / "codes", tmp_path / "features", **options | {"max_length": 5}))
+
+
+def test_two_processes_write_what_one_writes(data, tmp_path):
+    root, _, options = data
+    values = {"data": root / "codes", "output": tmp_path / "features"} | options | {"shard_size": 2}
+    printed = finish(start("extract-features", values, processes=2))
+    assert "6 captions, 3 shards; 6 now" in printed
+    alone = extract_features(FeatureSettings(**values | {"output": tmp_path / "alone"}))
+    written = {file.name: file.read_bytes() for file in (tmp_path / "features").glob("*")}
+    assert written == {file.name: file.read_bytes() for file in alone.glob("*")} and len(written) == 4
 
 
 def test_captions_may_come_from_a_file(data, tmp_path):
