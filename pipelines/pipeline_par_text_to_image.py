@@ -46,14 +46,18 @@ def left_pad(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def encode_text(
-    text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
+    text_encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    length: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Right-padded features (B, length, channels) of texts and their mask (B, length), on the device of the encoder. Texts of
-    more than `length` tokens are cut, with a warning.
+    Right-padded features (B, length, channels) of texts and their mask (B, length), on `device`, where the encoder runs.
+    Texts of more than `length` tokens are cut, with a warning.
     """
     inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    inputs = inputs.to(text_encoder.device)
+    inputs = inputs.to(device)
     for ids in tokenizer(texts).input_ids:
         if len(ids) > length:
             logger.warning(
@@ -174,8 +178,8 @@ class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
         self, text: str | list[str], device: torch.device, clean_caption: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text = self._text_preprocessing(text, clean_caption=clean_caption)
-        features, mask = encode_text(self.text_encoder, self.tokenizer, text, self.transformer.config.caption_length)
-        return features.to(device), mask.to(device)
+        length = self.transformer.config.caption_length
+        return encode_text(self.text_encoder, self.tokenizer, text, length, device)
 
     def check_prompts(
         self,

@@ -68,7 +68,9 @@ def extract_features(settings: FeatureSettings) -> Path:
             found = []
             for first in range(0, len(texts), settings.batch_size):
                 batch = texts[first : first + settings.batch_size]
-                features, mask = encode_text(encoder, parts["tokenizer"], batch, settings.max_length)
+                features, mask = encode_text(
+                    encoder, parts["tokenizer"], batch, settings.max_length, accelerator.device
+                )
                 lengths = mask.sum(1).tolist()
                 found += [each[:length].cpu() for each, length in zip(features, lengths, strict=True)]
                 bar.update(len(batch))
