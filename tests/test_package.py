@@ -91,15 +91,16 @@ def test_docstring_examples_run(documented):
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
-def test_embedded_model_is_small_half_precision_and_named():
-    folder = embedded_model("par-glyphs-4x")
+@pytest.mark.parametrize("name, steps", [("par-glyphs-4x", 39), ("par-glyphs-16x", 24)])
+def test_embedded_models_are_small_half_precision_and_named(name, steps):
+    folder = embedded_model(name)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     assert sum(sizes.values()) < 25e6 / 3  # three of them in 25 MB
     assert "transformer/model.safetensors" in sizes and "vqvae/diffusion_pytorch_model.safetensors" in sizes
     pipe = PARPipeline.from_pretrained(folder)
     assert str(pipe.transformer.dtype) == "torch.float16"
     assert sorted(pipe.labels) == sorted("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-    assert pipe.scheduler.num_inference_steps == 39
+    assert pipe.scheduler.num_inference_steps == steps
 
 
 def test_embedded_tokenizer_has_codes_of_unit_norm():
