@@ -60,7 +60,7 @@ PUBLISHED_TEXT_SAMPLING = {"guidance_scale": 7.5, "top_k": 1000}
 CLASS_MODEL, TEXT_MODEL, TOKENIZER = "a class-conditional model", "a text-conditional model", "a VQ tokenizer"
 DTYPES = ("float32", "float16", "bfloat16")
 SHARD_SIZE = 1 << 30  # bytes of the tensors held in memory at a time
-LABELS = Path(__file__).parent.parent / "par_diffusers" / "assets" / "imagenet_labels.json"
+ASSETS = Path(__file__).parent.parent / "par_diffusers" / "assets"
 
 
 def load_state_dict(file: str | Path) -> dict[str, torch.Tensor]:
@@ -337,9 +337,12 @@ def read_labels(file: str | Path, num_classes: int | None = None, argument: str 
     """
     `id2label` from a JSON object (id to name), a JSON list, or a text file with one name a line.
 
-    There must be `num_classes` names, where that is given; errors call the file `argument`.
+    "imagenet" and "ucf101" are lists that ship with the package. There must be `num_classes` names, where that is given;
+    errors call the file `argument`.
     """
     file = Path(file)
+    if str(file) in ("imagenet", "ucf101") and not file.exists():
+        file = ASSETS / f"{file}_labels.json"
     try:
         text = file.read_text(encoding="utf-8")
         names = json.loads(text) if file.suffix == ".json" else text.splitlines()
@@ -460,7 +463,7 @@ def convert_llamagen_checkpoint(
         raise ValueError(f"`image_size` (--image-size) {image_size} gives a grid that does not fit: {error}") from None
     scheduler = PARScheduler.from_config(scheduler.config, **sampling)
     if labels is None and config.condition == "class" and config.num_classes == 1000:
-        labels = LABELS
+        labels = "imagenet"
     id2label = read_labels(labels, config.num_classes) if labels is not None else None
     encoder = {} if text_encoder is None else load_text_encoder(text_encoder, config.caption_channels)
 

@@ -21,6 +21,7 @@ _LAZY = {
     "PARModel": "models",
     "PARPipeline": "pipelines",
     "PARTextToImagePipeline": "pipelines",
+    "PARVideoPipeline": "pipelines",
     "PARScheduler": "schedulers",
     "convert_llamagen_checkpoint": "conversion",
     "embedded_model": "assets",

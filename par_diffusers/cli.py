@@ -56,13 +56,15 @@ def check_installed(package: str, extra: str) -> None:
 def _add_generate(commands) -> None:
     parser = commands.add_parser(
         "generate",
-        help="images from a pipeline",
-        description="Draws images and writes them as one PNG. Without --model it uses the embedded model of letters and digits.",
+        help="images or clips from a pipeline",
+        description="Draws images and writes them as one PNG, or clips as one GIF. Without --model it uses the embedded model "
+        "of letters and digits.",
         epilog="""examples:
   par-diffusers generate "PAR"
   par-diffusers generate "HELLO 2026" --num-images 4 --seed 7 --output hello.png
   par-diffusers generate --model par-xl-4x --labels "golden retriever" 388 --guidance-scale 1.5
-  par-diffusers generate --model llamagen-t2i-256 --prompt "a red fox in the snow" --num-images 4""",
+  par-diffusers generate --model llamagen-t2i-256 --prompt "a red fox in the snow" --num-images 4
+  par-diffusers generate --model runs/ucf101-par-4x --labels Surfing YoYo""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -77,7 +79,11 @@ def _add_generate(commands) -> None:
         help="pipeline folder, Hub repository or embedded model (default: %(default)s)",
     )
     parser.add_argument(
-        "--num-images", type=int, default=1, metavar="N", help="images of each label or prompt (default: %(default)s)"
+        "--num-images",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images or clips of each label or prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, help="of the first image; image i uses seed + i (default: drawn and printed)"
@@ -91,9 +97,8 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("generated.png"),
         metavar="FILE",
-        help="PNG to write (default: %(default)s)",
+        help="PNG to write, or GIF for clips (default: generated.png, generated.gif)",
     )
     parser.set_defaults(run=_generate)
 
@@ -103,15 +108,16 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
         raise ValueError("give either TEXT, --labels or --prompt.")
     if args.text is not None and not args.text.strip():
         raise ValueError("TEXT must have at least one character that is not a space.")
-    if args.output.suffix.lower() != ".png":
-        raise ValueError(f"--output must end in .png, got {args.output}.")
+    if args.output is not None and args.output.suffix.lower() not in (".png", ".gif"):
+        raise ValueError(f"--output must end in .png, or in .gif for clips, got {args.output}.")
     call = read_settings(CallSettings, args).call_arguments()
     loading = read_settings(LoadingSettings, args)
     import diffusers
     import torch
     import transformers
 
-    from par_diffusers.sampling.generate import generate, lay_out, save_image, spell
+    from par_diffusers.pipelines import PARVideoPipeline
+    from par_diffusers.sampling.generate import generate, lay_out, lay_out_clips, save_image, spell
     from par_diffusers.sampling.loading import check_condition, load_pipeline
 
     # the bars of loading; that of generating stays
@@ -119,7 +125,12 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(model_source(args.model), loading, device, args.batch_size)
-    check_condition(pipe, args.model, is_text=args.prompt is not None)
+    check_condition(pipe, args.model, args.prompt is not None, call.get("num_frames"))
+    is_video = isinstance(pipe, PARVideoPipeline)
+    suffix = ".gif" if is_video else ".png"
+    output = args.output or Path("generated" + suffix)
+    if output.suffix.lower() != suffix:
+        raise ValueError(f"--output must end in {suffix} for {args.model}, got {output}.")
     if args.prompt is not None:
         labels = args.prompt
     elif args.text is not None:
@@ -128,11 +139,13 @@ def _generate(args: argparse.Namespace, argv: list[str]) -> None:
         labels = [int(name) if name.isdecimal() and name not in pipe.labels else name for name in args.labels]
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     images = generate(pipe, labels, num_images=args.num_images, seed=seed, batch_size=args.batch_size, **call)
-    save_image(lay_out(images, args.num_images, is_text=args.text is not None), args.output)
+    picture = (lay_out_clips if is_video else lay_out)(images, args.num_images, is_text=args.text is not None)
+    save_image(picture, output, pipe.config.get("frame_rate"))
     again = shlex.join(["par-diffusers", *argv, *([] if args.seed is not None else ["--seed", str(seed)])])
     count = sum(image is not None for image in images)
     print(
-        f"{args.output}: {count} image{'s' * (count > 1)} in {pipe.num_timesteps} steps each. The same again: {again}"
+        f"{output}: {count} {'clip' if is_video else 'image'}{'s' * (count > 1)} in {pipe.num_timesteps} steps each. "
+        f"The same again: {again}"
     )
 
 

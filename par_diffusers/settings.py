@@ -61,17 +61,20 @@ class _RunSettings(_Settings):
 @dataclass
 class TrainingSettings(_RunSettings):
     """
-    Settings of [`~par_diffusers.training.train.train`]. The defaults are the paper's (table 5) for PAR-L and PAR-XL on
-    ImageNet; `None` where a pipeline to start from decides, or nothing does.
+    Settings of [`~par_diffusers.training.train.train`]. The defaults are the paper's for PAR-L and PAR-XL on ImageNet
+    (table 5) and for clips (table 6); `None` where the data or a pipeline to start from decides, or nothing does.
     """
 
     data: str = option(MISSING, "folder of codes made by extract-codes, or in LlamaGen's layout (codes/, labels/)")
-    vqvae: str | None = option(None, "tokenizer of the codes: pipeline folder, VQModel folder or embedded model")
+    vqvae: str | None = option(
+        None, "tokenizer of the codes: pipeline folder, VQModel or AutoencoderVidTok folder, or embedded model"
+    )
     model: str | None = option(None, "pipeline folder whose backbone training starts from (default: from scratch)")
     features: str | None = option(None, "folder made by extract-features: train on captions (default: on classes)")
     validation_features: str | None = option(None, "the same of the validation data")
     labels: str | None = option(
-        None, "label names in the order of class ids: JSON, or one a line (default: the classes of the data)"
+        None,
+        "label names in the order of class ids: JSON, one a line, imagenet or ucf101 (default: the classes of the data)",
     )
     num_parallel_tokens: int | None = option(None, "tokens of a parallel step (default: 4)", least=1)
     order: str | None = option(None, "token order (default: region)", ("region", "raster"))
@@ -81,6 +84,7 @@ class TrainingSettings(_RunSettings):
     initial_tokens: str | None = option(None, "first tokens (default: sequential)", ("sequential", "parallel"))
     group_attention: str | None = option(None, "attention inside a step (default: full)", ("full", "causal"))
     guidance_scale: float | None = option(None, "default of the pipeline (default: 1)", least=0)
+    top_k: int | None = option(None, "default of the pipeline (default: 0, which keeps all)", least=0)
     hidden_size: int | None = option(None, "width of the backbone (default: 1024)", least=1)
     intermediate_size: int | None = option(None, "width of its feed-forward (default: 2816)", least=1)
     num_hidden_layers: int | None = option(None, "its layers (default: 24)", least=1)
@@ -90,8 +94,10 @@ class TrainingSettings(_RunSettings):
     residual_dropout: float = option(0.1, "dropout of the output of attention and feed-forward", least=0)
     attention_dropout: float = option(0.1, "dropout of attention weights", least=0)
     condition_dropout: float = option(0.1, "share of conditions replaced by the null condition", least=0)
-    num_train_epochs: int = option(300, "passes through the data", least=1)
-    lr_warmup_epochs: int = option(15, "epochs of linear warm-up, at most a tenth of the steps", least=0)
+    num_train_epochs: int | None = option(None, "passes through the data (default: 300, of clips 3000)", least=1)
+    lr_warmup_epochs: int | None = option(
+        None, "epochs of linear warm-up, at most a tenth of the steps (default: 15, of clips 150)", least=0
+    )
     ema_decay: float | None = option(
         None, "decay of the average of the weights that is saved (default: none)", above=0
     )
@@ -112,42 +118,64 @@ class TrainingSettings(_RunSettings):
 class TokenizerSettings(_RunSettings):
     """Settings of [`~par_diffusers.training.train_tokenizer.train_tokenizer`]."""
 
-    data: str = option(MISSING, "image folder")
-    global_batch_size: int = option(128, "images of a step over all processes and accumulation steps", least=1)
+    data: str = option(MISSING, "folder of images, or of videos")
+    architecture: str = option(
+        "VQModel", "model of diffusers: of images, or of videos", ("VQModel", "AutoencoderVidTok")
+    )
+    global_batch_size: int = option(128, "samples of a step over all processes and accumulation steps", least=1)
     max_train_steps: int = option(40000, "steps to train", least=1)
     lr_warmup_steps: int = option(200, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "weight decay of matrices", least=0)
     image_size: int = option(256, "pixels of a side", least=1)
-    augmentation: str = option("flip", "views of an image to train on", ("none", "flip", "ten-crop"))
+    num_frames: int = option(17, "frames of a clip", least=1)
+    frame_rate: float = option(8.0, "frames a second of a clip, 0 for every frame of the video", least=0)
+    num_clips: int = option(8, "clips of each video, at random places", least=1)
+    augmentation: str = option(
+        "flip", "views of an image, or a clip (none, flip), to train on", ("none", "flip", "ten-crop")
+    )
     crop_range: float = option(1.1, "of ten-crop: side of the centre crop over the side of its ten crops", least=1)
-    codebook_size: int = option(16384, "codes", least=2)
-    codebook_dim: int = option(8, "width of a code", least=1)
+    codebook_size: int = option(16384, "codes; of AutoencoderVidTok a power of 8 (4096, 32768, 262144)", least=2)
+    codebook_dim: int = option(8, "width of a code (VQModel)", least=1)
     block_out_channels: tuple[int, ...] = option(
-        (128, 128, 256, 256, 512), "channels of each level; each but the last halves the sides", least=1
+        (128, 128, 256, 256, 512),
+        "channels of each level; each but the last halves the sides (AutoencoderVidTok: multiples of the first)",
+        least=1,
     )
     layers_per_block: int = option(2, "residual blocks of a level", least=1)
-    norm_num_groups: int = option(32, "groups of the group norms", least=1)
-    commitment: float = option(0.25, "weight of the commitment loss", least=0)
+    norm_num_groups: int = option(32, "groups of the group norms (VQModel)", least=1)
+    commitment: float = option(0.25, "weight of the commitment loss (VQModel)", least=0)
     autoencoder_steps: int = option(
-        2000, "first steps, without quantization, after which the codes are drawn", least=0
+        2000, "first steps, without quantization, after which the codes are drawn (VQModel)", least=0
     )
-    revival_steps: int = option(100, "steps without a use after which a code moves to a latent of the batch", least=1)
+    revival_steps: int = option(
+        100, "steps without a use after which a code moves to a latent of the batch (VQModel)", least=1
+    )
 
 
 @dataclass
 class ExtractionSettings(_Settings):
     """Settings of [`~par_diffusers.training.extract_codes.extract_codes`]."""
 
-    data: str = option(MISSING, "image folder: a folder for each class, or flat with metadata.csv or metadata.jsonl")
+    data: str = option(
+        MISSING, "images, or videos: in a folder for each class, or flat with metadata.csv or metadata.jsonl"
+    )
     output: str = option(MISSING, "folder of the shards")
-    vqvae: str = option(MISSING, "tokenizer: pipeline folder, VQModel folder or embedded model")
-    image_size: int = option(384, "pixels of a side", least=1)
-    augmentation: str = option("flip", "views of an image", ("none", "flip", "ten-crop"))
+    vqvae: str = option(
+        MISSING, "tokenizer: pipeline folder, VQModel folder, embedded model; of videos, AutoencoderVidTok folder"
+    )
+    image_size: int | None = option(None, "pixels of a side (default: 384, of videos 128)", least=1)
+    augmentation: str = option("flip", "views of an image, or a clip (none, flip)", ("none", "flip", "ten-crop"))
     crop_range: float = option(1.1, "of ten-crop: side of the centre crop over the side of its ten crops", least=1)
-    classes: str | None = option(None, "class names in the order of their ids: JSON, or one a line (default: sorted)")
-    shard_size: int = option(4096, "images of a shard", least=1)
-    batch_size: int = option(32, "images at a time", least=1)
-    dataloader_num_workers: int = option(0, "processes that load images, for each process", least=0)
+    num_frames: int = option(17, "frames of a clip", least=1)
+    frame_rate: float = option(8.0, "frames a second of a clip, 0 for every frame of the video", least=0)
+    num_clips: int = option(1, "clips of each video, at random places", least=1)
+    seed: int = option(0, "of where clips begin", least=0)
+    classes: str | None = option(
+        None, "class names in the order of their ids: JSON, one a line, imagenet or ucf101 (default: sorted)"
+    )
+    shard_size: int = option(4096, "files of a shard", least=1)
+    batch_size: int = option(32, "files at a time", least=1)
+    dataloader_num_workers: int = option(0, "processes that load files, for each process", least=0)
 
 
 @dataclass
@@ -182,13 +210,18 @@ class CallSettings(_Settings):
 
     height: int | None = option(None, "pixels (default: the model's own)", least=1)
     width: int | None = option(None, "pixels (default: the model's own)", least=1)
+    num_frames: int | None = option(None, "frames of a clip (default: the model's own)", least=1)
 
     def call_arguments(self) -> dict[str, Any]:
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(CallSettings)}
+        arguments = {item.name: getattr(self, item.name) for item in dataclasses.fields(CallSettings)}
+        if self.num_frames is None:
+            arguments.pop("num_frames")  # which pipelines of images do not take
+        return arguments
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Those that a scheduler has defaults for."""
-        return {name: value for name, value in self.call_arguments().items() if name not in ("height", "width")}
+        sizes = ("height", "width", "num_frames")
+        return {name: value for name, value in self.call_arguments().items() if name not in sizes}
 
 
 @dataclass(kw_only=True)
@@ -212,7 +245,9 @@ class SamplingSettings(CallSettings, LoadingSettings):
 
     model: str = option(MISSING, "pipeline folder, Hub repository or embedded model")
     output: str = option(MISSING, "folder of the samples")
-    num_samples: int | None = option(None, "images (default: 50000, or one for each prompt)", least=1)
+    num_samples: int | None = option(
+        None, "images or clips (default: 50000 images, 10000 clips, or one for each prompt)", least=1
+    )
     prompts: str | None = option(
         None, "for models that draw from text: a prompt a line, or .tsv with a column prompt; they are taken in turn"
     )
@@ -221,17 +256,19 @@ class SamplingSettings(CallSettings, LoadingSettings):
     )
     seed: int = option(0, "of all images; image i is drawn from this and i alone", least=0)
     image_size_eval: int | None = option(None, "resize to this side, as the published protocol (bicubic)", least=1)
-    batch_size: int = option(32, "images at a time, for each process", least=1)
-    shard_size: int = option(1000, "images of a shard", least=1)
-    png: bool = option(False, "write the images as PNG files too")
-    num_preview_images: int = option(64, "first images to show in preview.png, 0 for none", least=0)
+    batch_size: int = option(32, "images or clips at a time, for each process", least=1)
+    shard_size: int = option(1000, "images or clips of a shard", least=1)
+    png: bool = option(False, "write the images as PNG files too, or the clips as GIF files")
+    num_preview_images: int = option(
+        64, "first images to show in preview.png, or clips in preview.gif, 0 for none", least=0
+    )
 
 
 @dataclass
 class EvaluationSettings(_Settings):
     """Settings of [`~par_diffusers.evaluation.evaluate.evaluate`]."""
 
-    samples: str = option(MISSING, "what is measured: .npz, folder made by sample, or image folder")
+    samples: str = option(MISSING, "what is measured: .npz, folder made by sample, or folder of images or videos")
     extractor: str = option(
         MISSING, "network of the features: TorchScript file (Inception, I3D, any), or glyphs-judge"
     )
@@ -244,9 +281,15 @@ class EvaluationSettings(_Settings):
         ("frechet", "inception-score", "precision-recall", "accuracy"),
     )
     image_size: int | None = option(
-        None, "side of the centre crop of the images of an image folder (default: as they are)", least=1
+        None,
+        "side of the centre crop of the images or videos of a folder (default: as they are; of videos the samples')",
+        least=1,
     )
-    batch_size: int = option(64, "images at a time", least=1)
+    num_frames: int | None = option(None, "first frames of each clip to compare (default: all)", least=1)
+    per_class: int | None = option(None, "first images or clips of each class to compare (default: all)", least=1)
+    frame_rate: float = option(8.0, "frames a second of clips of a folder of videos, 0 for all of a video", least=0)
+    num_clips: int = option(1, "clips of each video of a folder, at random places", least=1)
+    batch_size: int = option(64, "images or clips at a time", least=1)
     device: str | None = option(None, "as torch names it (default: an accelerator where there is one, else cpu)")
     output: str | None = option(None, "JSON file of the result")
     save_statistics: str | None = option(None, ".npz file for mu and sigma of the samples, to be a reference later")

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, VQModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
+from diffusers.utils import export_to_gif, is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from huggingface_hub import ModelCard, ModelCardData, file_exists
 from transformers import Cache, DynamicLayer, PreTrainedModel, StaticCache
@@ -46,9 +46,9 @@ EXAMPLE_DOC_STRING = """
 """
 
 CARD = """
-# Images by parallelized autoregressive generation
+# {unit}s by parallelized autoregressive generation
 
-{kind} images by **PAR**, parallelized autoregressive visual generation ([arXiv 2412.15119](https://arxiv.org/abs/2412.15119)).
+{kind} {units} by **PAR**, parallelized autoregressive visual generation ([arXiv 2412.15119](https://arxiv.org/abs/2412.15119)).
 The token grid is cut into regions; the first token of each region is sampled one by one, then the tokens at the same
 place of all regions are sampled in one step. This model takes {num_steps} steps for {num_tokens} tokens.
 {samples}
@@ -59,7 +59,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-images = pipe({arguments}, generator=torch.Generator().manual_seed(0)).images
+{output} = pipe({arguments}, generator=torch.Generator().manual_seed(0)).{output}
 ```
 
 With the package par_diffusers installed, `{class_name}.from_pretrained("{repo_id}")` does the
@@ -73,7 +73,7 @@ same with the code of the package.
 | decoder | {layers} layers, width {width}, {heads} heads |
 | vocabulary | {vocab_size} codes |
 {condition}
-| image | {image_size} pixels |
+{size}
 
 ## Token plan
 
@@ -128,20 +128,21 @@ class PARPipelineBase(DiffusionPipeline):
     What the pipelines of PAR share: the loop of steps, checks, and folders that carry their own code.
 
     Args:
-        components: The modules by name; `transformer`, `vqvae` and `scheduler` among them.
+        components: The modules by name; `transformer`, `scheduler` and the tokenizer among them.
     """
 
     _callback_tensor_inputs = ["latents"]
     _output_types = ("pil", "np", "pt", "latent")
+    # what a call returns: the words of arguments and messages, the name in the output
+    _unit, _output = "image", "images"
+    # the component that turns tokens into pixels, its class, and what in its config is the number of codes
+    _tokenizer, _tokenizer_class, _num_codes = "vqvae", VQModel, "num_vq_embeddings"
     # class name -> class, filled by the installed package; empty in a copy that travels with a checkpoint
     _package_components: dict = {}
 
     def __init__(self, **components):
         super().__init__()
         self.register_modules(**components)
-        has_vqvae = getattr(self, "vqvae", None) is not None
-        self.vae_scale_factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1) if has_vqvae else 16
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._static_cache = None
 
     # Folders that carry their own code: see docs/conversion.md for what each file is for.
@@ -154,12 +155,16 @@ class PARPipelineBase(DiffusionPipeline):
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder; created if it does not exist.
-            samples (`PIL.Image.Image`, *optional*): A grid of samples for the model card, saved as `samples.png`.
+            samples (`PIL.Image.Image` or `list[PIL.Image.Image]`, *optional*):
+                A grid of samples for the model card, saved as `samples.png`; several are the frames of `samples.gif`.
             args, kwargs: As in [`DiffusionPipeline.save_pretrained`].
         """
         if samples is not None:
             os.makedirs(save_directory, exist_ok=True)
-            samples.save(os.path.join(save_directory, "samples.png"))
+            if isinstance(samples, list):
+                export_to_gif(samples, os.path.join(save_directory, "samples.gif"))
+            else:
+                samples.save(os.path.join(save_directory, "samples.png"))
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
@@ -177,8 +182,8 @@ class PARPipelineBase(DiffusionPipeline):
                     self._export_source(cls, folder)
         self._write_json(folder / self.config_name, index)
         # diffusers records where the tokenizer was loaded from, which is nobody's business and differs at each save
-        vqvae_config = folder / "vqvae" / "config.json"
-        self._write_json(vqvae_config, json.loads(vqvae_config.read_text(encoding="utf-8")))
+        tokenizer_config = folder / self._tokenizer / "config.json"
+        self._write_json(tokenizer_config, json.loads(tokenizer_config.read_text(encoding="utf-8")))
         if not (folder / "README.md").exists():
             self._write_model_card(folder, repo_id="FOLDER_OR_REPOSITORY")
 
@@ -204,25 +209,26 @@ class PARPipelineBase(DiffusionPipeline):
     def _write_model_card(self, folder: Path, repo_id: str) -> None:
         config = self.transformer.config
         scheduler = type(self.scheduler).from_config(self.scheduler.config)  # with the plan of its own grid
-        height, width = (side * self.vae_scale_factor for side in scheduler.grid_size[-2:])
-        facts = self._card_facts()
-        known = {"library_name": "diffusers", "pipeline_tag": facts["pipeline_tag"], "license": "unknown"}
+        facts = self._card_facts(scheduler.grid_size)
+        known = {"library_name": "diffusers", "license": "unknown"} | facts["front_matter"]
         known["tags"] = ["par", "autoregressive", facts["kind"].lower(), "diffusers:" + type(self).__name__]
-        known["metrics"] = ["fid", "inception_score"]
+        samples = [name for name in ("samples.png", "samples.gif") if (folder / name).exists()]
         text = CARD.format(
             repo_id=repo_id,
-            samples="\n![samples](samples.png)\n" if (folder / "samples.png").exists() else "",
+            unit=self._unit.capitalize(),
+            units=self._unit + "s",
+            output=self._output,
+            samples="".join(f"\n![samples]({name})\n" for name in samples),
             class_name=type(self).__name__,
-            **{name: facts[name] for name in ("kind", "condition", "arguments")},
+            **{name: facts[name] for name in ("kind", "condition", "arguments", "size")},
             num_tokens=math.prod(scheduler.grid_size),
             num_steps=scheduler.num_inference_steps,
             parameters=f"{self.transformer.num_parameters() / 1e6:.1f} M",
-            vq_parameters=f"{self.vqvae.num_parameters() / 1e6:.1f} M",
+            vq_parameters=f"{getattr(self, self._tokenizer).num_parameters() / 1e6:.1f} M",
             layers=config.num_hidden_layers,
             width=config.hidden_size,
             heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
-            image_size=f"{height} x {width}",
             grid=" x ".join(map(str, scheduler.grid_size)),
             region_grid=" x ".join(map(str, scheduler.region_grid)),
             **{name: scheduler.config[name] for name in ("order", "num_parallel_tokens", "initial_tokens")},
@@ -275,7 +281,7 @@ class PARPipelineBase(DiffusionPipeline):
     def check_inputs(
         self,
         batch_size: int,
-        num_images_per_prompt: int,
+        num_per_prompt: int,
         sampling: dict,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.LongTensor | None,
@@ -288,16 +294,17 @@ class PARPipelineBase(DiffusionPipeline):
             raise ValueError(f"`output_type` must be {allowed} or {self._output_types[-1]!r}, got {output_type!r}.")
         self.scheduler.check_sampling(**sampling)
         chunk = 1 if decode_chunk_size is None else decode_chunk_size
-        for name, count in (("num_images_per_prompt", num_images_per_prompt), ("decode_chunk_size", chunk)):
+        for name, count in ((f"num_{self._unit}s_per_prompt", num_per_prompt), ("decode_chunk_size", chunk)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
-        batch_size = batch_size * num_images_per_prompt
+        batch_size = batch_size * num_per_prompt
         generators = generator if isinstance(generator, list) else [generator]
         if not all(g is None or isinstance(g, torch.Generator) for g in generators) or None in generators[1:]:
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, one for each image, got {len(generator)}."
+                f"`generator` must be one generator or a list of {batch_size}, one for each {self._unit}, got "
+                f"{len(generator)}."
             )
         config, grid_size = self.transformer.config, self.scheduler.grid_size
         if latents is not None:
@@ -318,11 +325,17 @@ class PARPipelineBase(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
             )
         # components that a user has exchanged
+        tokenizer = unwrap_module(getattr(self, self._tokenizer))
+        if not isinstance(tokenizer, self._tokenizer_class):
+            raise ValueError(
+                f"`{self._tokenizer}` must be a {self._tokenizer_class.__name__} in this pipeline, got a "
+                f"{type(tokenizer).__name__}."
+            )
         for name, value, allowed in (
             ("transformer.config.condition", config.condition, self._condition),
             ("scheduler.config.prefix_length", self.scheduler.config.prefix_length, config.num_condition_slots),
             ("transformer.config.rope_axes", config.rope_axes, len(grid_size)),
-            ("vqvae.config.num_vq_embeddings", self.vqvae.config.num_vq_embeddings, config.vocab_size),
+            (f"{self._tokenizer}.config.{self._num_codes}", tokenizer.config[self._num_codes], config.vocab_size),
         ):
             if value != allowed:
                 raise ValueError(f"`{name}` must be {allowed!r} in this pipeline, got {value!r}.")
@@ -332,10 +345,8 @@ class PARPipelineBase(DiffusionPipeline):
                 f"the learnable tokens of the transformer, got {self.scheduler.config.num_parallel_tokens}."
             )
 
-    def prepare_timesteps(
-        self, num_inference_steps: int | None, height: int | None, width: int | None, device: torch.device
-    ) -> torch.LongTensor:
-        """The plan for images of `height` x `width` pixels; None takes the size that the checkpoint was made for."""
+    def token_grid(self, height: int | None = None, width: int | None = None) -> list[int]:
+        """The token grid of `height` x `width` pixels; None takes the size that the checkpoint was made for."""
         grid_size = list(self.scheduler.config.grid_size)
         for axis, name, size in ((-2, "height", height), (-1, "width", width)):
             if size is None:
@@ -343,8 +354,7 @@ class PARPipelineBase(DiffusionPipeline):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % self.vae_scale_factor:
                 raise ValueError(f"`{name}` must be a multiple of {self.vae_scale_factor} pixels, got {size!r}.")
             grid_size[axis] = size // self.vae_scale_factor
-        self.scheduler.set_timesteps(num_inference_steps, device=device, grid_size=grid_size)
-        return self.scheduler.timesteps
+        return grid_size
 
     def prepare_latents(
         self, batch_size: int, device: torch.device, latents: torch.LongTensor | None = None
@@ -353,6 +363,11 @@ class PARPipelineBase(DiffusionPipeline):
         if latents is not None:
             return latents.to(device)
         return torch.zeros((batch_size, *self.scheduler.grid_size), dtype=torch.long, device=device)
+
+    def prepare_guidance(self, guidance: dict) -> None:
+        """Sets the guidance scale of the call."""
+        scale = guidance["guidance_scale"]
+        self._guidance_scale = self.scheduler.config.guidance_scale if scale is None else scale
 
     def prepare_cache(self, batch_size: int) -> Cache:
         """
@@ -369,19 +384,6 @@ class PARPipelineBase(DiffusionPipeline):
             self._static_cache = key, StaticCache(config=config, max_cache_len=slots)
         self._static_cache[1].reset()
         return self._static_cache[1]
-
-    def decode_latents(self, latents: torch.LongTensor, decode_chunk_size: int | None = None) -> torch.Tensor:
-        """
-        Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]; `decode_chunk_size` images at a time, or as many as hold
-        4096 tokens, so that the memory of the tokenizer does not grow with the batch.
-        """
-        if decode_chunk_size is None:
-            decode_chunk_size = max(1, 4096 // latents[0].numel())
-        pixels = []
-        for chunk in latents.split(decode_chunk_size):
-            shape = (*chunk.shape, self.vqvae.quantize.vq_embed_dim)
-            pixels.append(self.vqvae.decode(chunk, force_not_quantize=True, shape=shape, return_dict=False)[0])
-        return torch.cat(pixels)
 
     def generate_tokens(
         self,
@@ -402,7 +404,7 @@ class PARPipelineBase(DiffusionPipeline):
             condition (`dict[str, torch.Tensor]`):
                 What the transformer takes for its first slots; with guidance, of the batch followed by its nulls.
             sampling (`dict`), generator: Of [`PARScheduler.step`].
-            guidance (`dict`): Of [`PARScheduler.guidance_at`].
+            guidance (`dict`): Of [`PARScheduler.guidance_at`]; of the scale only whether there is guidance counts here.
             callback_on_step_end, callback_on_step_end_tensor_inputs: Of the call.
             attention_mask (`torch.Tensor`, *optional*): 0 for condition slots that are padding, of as many sequences.
         """
@@ -436,7 +438,7 @@ class PARPipelineBase(DiffusionPipeline):
                 ).logits.float()
                 if use_guidance:
                     cond, uncond = logits.chunk(2)
-                    scale = self.scheduler.guidance_at(i, self.guidance_scale, **guidance)
+                    scale = self.scheduler.guidance_at(i, **guidance | {"guidance_scale": self.guidance_scale})
                     logits = cond if scale == 1 else uncond + scale * (cond - uncond)
                 latents = self.scheduler.step(logits, i, latents, **sampling, generator=generator).prev_sample
 
@@ -451,6 +453,36 @@ class PARPipelineBase(DiffusionPipeline):
                     xm.mark_step()
         self._current_timestep = None
         return latents
+
+
+class PARImagePipelineBase(PARPipelineBase):
+    """What the pipelines of images share: the tokenizer."""
+
+    def __init__(self, **components):
+        super().__init__(**components)
+        has_vqvae = getattr(self, "vqvae", None) is not None
+        self.vae_scale_factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1) if has_vqvae else 16
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def _tokenizer_facts(self, grid_size: tuple[int, ...]) -> dict:
+        height, width = (side * self.vae_scale_factor for side in grid_size)
+        return {
+            "size": f"| image | {height} x {width} pixels |",
+            "front_matter": {"pipeline_tag": self._pipeline_tag, "metrics": ["fid", "inception_score"]},
+        }
+
+    def decode_latents(self, latents: torch.LongTensor, decode_chunk_size: int | None = None) -> torch.Tensor:
+        """
+        Token ids (B, h, w) -> pixels (B, 3, H, W), about [-1, 1]; `decode_chunk_size` images at a time, or as many as hold
+        4096 tokens, so that the memory of the tokenizer does not grow with the batch.
+        """
+        if decode_chunk_size is None:
+            decode_chunk_size = max(1, 4096 // latents[0].numel())
+        pixels = []
+        for chunk in latents.split(decode_chunk_size):
+            shape = (*chunk.shape, self.vqvae.quantize.vq_embed_dim)
+            pixels.append(self.vqvae.decode(chunk, force_not_quantize=True, shape=shape, return_dict=False)[0])
+        return torch.cat(pixels)
 
     def postprocess(
         self, latents: torch.LongTensor, output_type: str, return_dict: bool, decode_chunk_size: int | None
@@ -470,38 +502,12 @@ class PARPipelineBase(DiffusionPipeline):
         return ImagePipelineOutput(images=image)
 
 
-class PARPipeline(PARPipelineBase):
-    r"""
-    Pipeline for class-conditional images by parallelized autoregressive generation (PAR).
+class ClassConditional:
+    """What the pipelines of classes share: a mixin for [`PARPipelineBase`]."""
 
-    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
-    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
-
-    Args:
-        transformer ([`PARForConditionalGeneration`]): The autoregressive backbone.
-        vqvae ([`VQModel`]): The tokenizer whose decoder turns tokens into pixels.
-        scheduler ([`PARScheduler`]): Plans the tokens and samples them.
-        id2label (`dict[str, str]`, *optional*):
-            Class id (as a string, as JSON has it) to label; several names of one class are separated by commas.
-        card_data (`dict`, *optional*):
-            Front matter of the model card beside what the pipeline knows itself: `license`, `datasets`, `base_model`, ...
-    """
-
-    model_cpu_offload_seq = "transformer->vqvae"
-    # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
-    _source = travelling_source(__file__)
     _condition = "class"
 
-    def __init__(
-        self,
-        transformer: PreTrainedModel,
-        vqvae: VQModel,
-        scheduler: SchedulerMixin,
-        id2label: dict | None = None,
-        card_data: dict | None = None,
-    ):
-        super().__init__(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label, card_data=card_data)
+    def _set_labels(self, id2label: dict | None) -> None:
         ids = {}
         for key, value in (id2label or {}).items():
             for name in {value, *(part.strip() for part in value.split(","))}:
@@ -509,9 +515,8 @@ class PARPipeline(PARPipelineBase):
         self.labels = {name: found[0] for name, found in sorted(ids.items()) if len(found) == 1}
         self._ambiguous_labels = {name: found for name, found in ids.items() if len(found) > 1}
 
-    def _card_facts(self) -> dict[str, str]:
-        return {
-            "pipeline_tag": "unconditional-image-generation",
+    def _card_facts(self, grid_size: tuple[int, ...]) -> dict:
+        return self._tokenizer_facts(grid_size) | {
             "kind": "Class-conditional",
             "condition": f"| classes | {self.transformer.config.num_classes} |",
             "arguments": f"class_labels={[next(iter(self.labels), 0)]}",
@@ -566,6 +571,100 @@ class PARPipeline(PARPipelineBase):
                     f"`class_labels` must be ids from 0 to {num_classes - 1} or label names, got {label!r}."
                 )
         return ids
+
+    def generate_from_labels(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor,
+        num_per_prompt: int,
+        sizes: dict[str, int | None],
+        sampling: dict,
+        guidance: dict,
+        num_inference_steps: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.LongTensor | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        decode_chunk_size: int | None,
+    ) -> torch.LongTensor:
+        """
+        The token grids of a call, (batch_size, *grid_size).
+
+        `sizes` are arguments of `token_grid`, `sampling` of [`PARScheduler.step`], `guidance` the scale and arguments of
+        [`PARScheduler.guidance_at`]; the rest are those of the call.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. The plan
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device, grid_size=self.token_grid(**sizes))
+
+        # 2. Check inputs; what is None is the checkpoint's own
+        class_ids = self.prepare_class_labels(class_labels)
+        self.check_inputs(
+            len(class_ids),
+            num_per_prompt,
+            sampling | guidance,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            decode_chunk_size,
+        )
+
+        # 3. Prepare the conditions, with the null class for guidance
+        labels = torch.tensor(class_ids, device=device).repeat_interleave(num_per_prompt)
+        latents = self.prepare_latents(len(labels), device, latents)
+        self.prepare_guidance(guidance)
+        if self.do_classifier_free_guidance:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
+
+        # 4. Generate the tokens
+        return self.generate_tokens(
+            latents,
+            {"class_labels": labels},
+            sampling=sampling,
+            guidance=guidance,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+
+class PARPipeline(ClassConditional, PARImagePipelineBase):
+    r"""
+    Pipeline for class-conditional images by parallelized autoregressive generation (PAR).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Args:
+        transformer ([`PARForConditionalGeneration`]): The autoregressive backbone.
+        vqvae ([`VQModel`]): The tokenizer whose decoder turns tokens into pixels.
+        scheduler ([`PARScheduler`]): Plans the tokens and samples them.
+        id2label (`dict[str, str]`, *optional*):
+            Class id (as a string, as JSON has it) to label; several names of one class are separated by commas.
+        card_data (`dict`, *optional*):
+            Front matter of the model card beside what the pipeline knows itself: `license`, `datasets`, `base_model`, ...
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+    # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
+    _source = travelling_source(__file__)
+    _pipeline_tag = "unconditional-image-generation"
+
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        vqvae: VQModel,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        card_data: dict | None = None,
+    ):
+        super().__init__(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label, card_data=card_data)
+        self._set_labels(id2label)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -637,49 +736,23 @@ class PARPipeline(PARPipelineBase):
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`: The images.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 1. The plan
-        device = self._execution_device
-        self.prepare_timesteps(num_inference_steps, height, width, device)
-
-        # 2. Check inputs; what is None is the checkpoint's own
-        class_ids = self.prepare_class_labels(class_labels)
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        guidance = {
-            "guidance_schedule": guidance_schedule,
-            "guidance_power": guidance_power,
-            "guidance_interval": guidance_interval,
-        }
-        self.check_inputs(
-            len(class_ids),
+        latents = self.generate_from_labels(
+            class_labels,
             num_images_per_prompt,
-            sampling | guidance | {"guidance_scale": guidance_scale},
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            decode_chunk_size,
-        )
-        self._guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
-
-        # 3. Prepare the conditions, with the null class for guidance
-        labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
-        latents = self.prepare_latents(len(labels), device, latents)
-        if self.do_classifier_free_guidance:
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
-
-        # 4. Generate the tokens
-        latents = self.generate_tokens(
-            latents,
-            {"class_labels": labels},
-            sampling=sampling,
-            guidance=guidance,
+            sizes={"height": height, "width": width},
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            guidance={
+                "guidance_scale": guidance_scale,
+                "guidance_schedule": guidance_schedule,
+                "guidance_power": guidance_power,
+                "guidance_interval": guidance_interval,
+            },
+            num_inference_steps=num_inference_steps,
             generator=generator,
+            latents=latents,
+            output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            decode_chunk_size=decode_chunk_size,
         )
-
-        # 5. Decode
         return self.postprocess(latents, output_type, return_dict, decode_chunk_size)

@@ -13,7 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging, replace_example_docstring
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from .pipeline_par import PARPipelineBase, travelling_source
+from .pipeline_par import PARImagePipelineBase, travelling_source
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +75,7 @@ class CaptionPreprocessing:
     _text_preprocessing = PixArtAlphaPipeline._text_preprocessing
 
 
-class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
+class PARTextToImagePipeline(PARImagePipelineBase, CaptionPreprocessing):
     r"""
     Pipeline for images from text by autoregressive generation, one token at a time or several in parallel (PAR).
 
@@ -97,6 +97,7 @@ class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
     # read when the module is imported: diffusers overwrites the file of remote code whenever it loads another folder
     _source = travelling_source(__file__)
     _condition = "caption"
+    _pipeline_tag = "text-to-image"
 
     def __init__(
         self,
@@ -112,11 +113,10 @@ class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
         )
         self.register_to_config(card_data=card_data)
 
-    def _card_facts(self) -> dict[str, str]:
+    def _card_facts(self, grid_size: tuple[int, ...]) -> dict:
         config = self.transformer.config
         embeddings = "prompt_embeds=embeds, prompt_attention_mask=mask"
-        return {
-            "pipeline_tag": "text-to-image",
+        return self._tokenizer_facts(grid_size) | {
             "kind": "Text-conditional",
             "condition": f"| caption | {config.caption_length} features of {config.caption_channels} |",
             "arguments": '"a red fox in the snow"' if self.text_encoder is not None else embeddings,
@@ -329,7 +329,7 @@ class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
 
         # 1. The plan
         device = self._execution_device
-        self.prepare_timesteps(num_inference_steps, height, width, device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device, grid_size=self.token_grid(height, width))
 
         # 2. Check inputs; what is None is the checkpoint's own
         count = self.check_prompts(
@@ -342,6 +342,7 @@ class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
         )
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         guidance = {
+            "guidance_scale": guidance_scale,
             "guidance_schedule": guidance_schedule,
             "guidance_power": guidance_power,
             "guidance_interval": guidance_interval,
@@ -349,14 +350,14 @@ class PARTextToImagePipeline(PARPipelineBase, CaptionPreprocessing):
         self.check_inputs(
             count,
             num_images_per_prompt,
-            sampling | guidance | {"guidance_scale": guidance_scale},
+            sampling | guidance,
             generator,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
             decode_chunk_size,
         )
-        self._guidance_scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
+        self.prepare_guidance(guidance)
 
         # 3. Prepare the conditions; with guidance, the nulls have the padding of their prompts, as published
         embeds, mask, negative_embeds, negative_mask = self.encode_prompt(

@@ -5,13 +5,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderVidTok, VQModel
 from PIL import Image
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from par_diffusers import PARConfig, PARForConditionalGeneration, PARPipeline, PARScheduler, PARTextToImagePipeline
+from par_diffusers import (
+    PARConfig,
+    PARForConditionalGeneration,
+    PARPipeline,
+    PARScheduler,
+    PARTextToImagePipeline,
+    PARVideoPipeline,
+)
 from par_diffusers.settings import ExtractionSettings
 from par_diffusers.training.extract_codes import extract_codes
+from par_diffusers.training.videos import write_clip
 
 
 DATA = Path(__file__).parent / "data"
@@ -90,6 +98,27 @@ def build_text_pipeline(seed: int = 0, num_parallel_tokens: int = 4, width: int 
     return pipe
 
 
+def build_vidtok(seed: int = 0, width: int = 2, **overrides) -> AutoencoderVidTok:
+    """64 codes; 4 x 4 pixels and 4 frames a token, but 1 frame for the first."""
+    torch.manual_seed(seed)
+    sizes = {"ch": 8, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "regularizer": "fsq", "double_z": False}
+    return AutoencoderVidTok(**sizes | {"z_channels": width, "codebook_size": 8**width} | overrides).eval()
+
+
+def build_video_pipeline(seed: int = 0, num_parallel_tokens: int = 4, **overrides) -> PARVideoPipeline:
+    """3x4x4 tokens, 9 frames of 16x16 pixels, classes "zero" to "nine"."""
+    model = {"num_learnable_tokens": num_parallel_tokens - 1, "vocab_size": 64, "rope_axes": 3}
+    pipe = PARVideoPipeline(
+        build_model(seed, **model | overrides),
+        build_vidtok(seed),
+        PARScheduler((3, 4, 4), num_parallel_tokens=num_parallel_tokens, guidance_scale=1.5),
+        id2label={str(i): name for i, name in enumerate(NAMES)},
+        frame_rate=8.0,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def make_model():
     return build_model
@@ -108,6 +137,16 @@ def make_pipeline():
 @pytest.fixture(scope="session")
 def make_text_pipeline():
     return build_text_pipeline
+
+
+@pytest.fixture(scope="session")
+def make_vidtok():
+    return build_vidtok
+
+
+@pytest.fixture(scope="session")
+def make_video_pipeline():
+    return build_video_pipeline
 
 
 @pytest.fixture
@@ -192,6 +231,43 @@ def tiny(codes, vqvae_folder):
         "logging_steps": 1,
         "num_validation_images": 0,
     }
+
+
+# ---- clips ----
+
+
+def draw_videos(folder: Path, count: int, frames: int = 24, size: int = 16) -> Path:
+    """`count` videos of three classes, 8 frames a second: the channel that grows brighter, each at a pace of its own."""
+    for number in range(count):
+        name = COLOURS[number % 3]
+        video = np.full((frames, size, size, 3), 20, np.uint8)
+        video[..., 2 - number % 3] = np.linspace(40 + number, 220, frames).astype(np.uint8)[:, None, None]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        write_clip(folder / name / f"{number:04}.mp4", video, 8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """18 videos of 3 seconds."""
+    return draw_videos(tmp_path_factory.mktemp("videos") / "train", 18)
+
+
+@pytest.fixture(scope="session")
+def vidtok_folder(make_vidtok, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vidtok")
+    make_vidtok().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_codes(videos, vidtok_folder, tmp_path_factory) -> Path:
+    """Two clips of each video as 3 x 4 x 4 tokens, with their mirror images."""
+    output = tmp_path_factory.mktemp("clips") / "codes"
+    settings = ExtractionSettings(
+        videos, output, vqvae=vidtok_folder, image_size=16, num_frames=9, num_clips=2, shard_size=8
+    )
+    return extract_codes(settings)
 
 
 # ---- evaluation ----

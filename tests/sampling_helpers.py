@@ -1,8 +1,8 @@
-"""Calls of pipelines, by label names or prompts alike."""
+"""Calls of pipelines, by label names or prompts, of images or clips alike."""
 
 import torch
 
-from par_diffusers import PARPipeline
+from par_diffusers import PARTextToImagePipeline
 from par_diffusers.pipelines.pipeline_par_text_to_image import left_pad
 
 
@@ -10,13 +10,18 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def draw(pipe, words, output_type="pt", **kwargs):
+    (drawn,) = pipe(words, output_type=output_type, return_dict=False, **kwargs)
+    return drawn
+
+
 def tokens(pipe, words, **kwargs):
-    return pipe(words, output_type="latent", **kwargs).images
+    return draw(pipe, words, "latent", **kwargs)
 
 
 def conditions(pipe, words: list[str], is_null: bool = False) -> dict[str, torch.Tensor]:
     """What the transformer takes for labels or prompts, or for their nulls."""
-    if isinstance(pipe, PARPipeline):
+    if not isinstance(pipe, PARTextToImagePipeline):
         ids = [pipe.transformer.config.num_classes] * len(words) if is_null else pipe.get_label_ids(words)
         return {"class_labels": torch.tensor(ids)}
     features, mask = left_pad(*pipe.encode_prompt(words)[:2])

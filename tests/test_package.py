@@ -11,7 +11,7 @@ import par_diffusers
 from par_diffusers import PARForConditionalGeneration, PARPipeline, PARScheduler, embedded_model
 from par_diffusers.evaluation.judge import GlyphJudge
 from par_diffusers.pipelines.pipeline_par import travelling_source
-from par_diffusers.training.codes import load_vqvae
+from par_diffusers.training.tokenizers import load_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def test_embedded_models_are_small_half_precision_and_named(name, steps):
 
 
 def test_embedded_tokenizer_has_codes_of_unit_norm():
-    vqvae = load_vqvae(embedded_model("par-glyphs-4x"))
+    vqvae = load_tokenizer(embedded_model("par-glyphs-4x")).model
     norms = vqvae.quantize.embedding.weight.norm(dim=1)
     assert vqvae.config.num_vq_embeddings == 512 and (norms - 1).abs().max() < 1e-3
 

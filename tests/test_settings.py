@@ -28,7 +28,7 @@ def test_defaults_are_the_papers():
         "adam_beta2": 0.95,
         "weight_decay": 0.05,
     }
-    paper |= {"num_train_epochs": 300, "lr_warmup_epochs": 15, "lr_scheduler": "cosine", "max_grad_norm": 1.0}
+    paper |= {"lr_scheduler": "cosine", "max_grad_norm": 1.0}
     paper |= dict.fromkeys(("token_dropout", "residual_dropout", "attention_dropout", "condition_dropout"), 0.1)
     for name, value in paper.items():
         assert getattr(settings, name) == value

@@ -38,9 +38,9 @@ else:
     pipe = getattr(par_diffusers, args.pipeline).from_pretrained(args.source, **options)
 pipe.set_progress_bar_config(disable=True)
 generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-tokens = pipe(["three", "eight"], generator=generator, output_type="latent").images
+(tokens,) = pipe(["three", "eight"], generator=generator, output_type="latent", return_dict=False)
 generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-pixels = pipe(["three", "eight"], generator=generator, output_type="pt").images
+(pixels,) = pipe(["three", "eight"], generator=generator, output_type="pt", return_dict=False)
 if args.save:
     pipe.save_pretrained(args.save, variant=args.variant)
 if args.push:

@@ -5,14 +5,14 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import VQModel
 
 from par_diffusers.analysis.heatmap import draw_heatmap
 from par_diffusers.folders import write_text
 from par_diffusers.sampling.generate import save_image
 from par_diffusers.schedulers import PARScheduler
 from par_diffusers.settings import EntropySettings
-from par_diffusers.training.codes import CodeDataset, load_vqvae
+from par_diffusers.training.codes import CodeDataset
+from par_diffusers.training.tokenizers import ImageTokenizer, load_tokenizer
 
 
 class ConditionalEntropy:
@@ -100,28 +100,29 @@ class ConditionalEntropy:
         return scheduler.restore_grid(increase[None])[0]
 
 
-def load_vectors(dataset: CodeDataset, vqvae: VQModel, num_samples: int, seed: int = 0) -> torch.Tensor:
-    """Codebook vectors of `num_samples` images drawn at random, first views, float32 (samples, tokens, d)."""
+def load_vectors(dataset: CodeDataset, tokenizer: ImageTokenizer, num_samples: int, seed: int = 0) -> torch.Tensor:
+    """Codebook vectors of `num_samples` samples drawn at random, first views, float32 (samples, tokens, d)."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(dataset), generator=generator)[:num_samples].tolist()
     codes = torch.stack([dataset[index, 0][0].flatten() for index in chosen])
-    return vqvae.quantize.embedding.weight.detach().float().cpu()[codes]
+    return tokenizer.vectors()[codes]
 
 
 def entropy(settings: EntropySettings) -> Path:
     """
     The dependency analysis of the paper (figures 11 and 12) on codes. Returns the folder `settings.output`.
 
-    - `pairs.png`: entropy of each token given one reference token (white), for nine of those.
+    - `pairs.png`: entropy of each token given one reference token (white), for nine of those; of clips, for three in the
+      middle of the first, the middle and the last frame, frame after frame.
     - `information.png`: the same as what the reference token tells: how much lower than without it.
     - `increase.png`: see `ConditionalEntropy.increase`, for the region order and the raster order.
     - `entropy.json`: the numbers, and what a token tells about another (how much lower its entropy is) by their distance.
     """
-    vqvae = load_vqvae(settings.vqvae)
-    dataset = CodeDataset(settings.data, vqvae)
+    tokenizer = load_tokenizer(settings.vqvae)
+    dataset = CodeDataset(settings.data, tokenizer)
     if len(dataset) < settings.num_samples:
         raise ValueError(
-            f"`num_samples` must be at most the {len(dataset)} images of `data`, got {settings.num_samples}."
+            f"`num_samples` must be at most the {len(dataset)} samples of `data`, got {settings.num_samples}."
         )
     orders = {
         order: PARScheduler(dataset.grid_size, settings.num_parallel_tokens, order=order)
@@ -129,19 +130,22 @@ def entropy(settings: EntropySettings) -> Path:
     }
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
-    vectors = load_vectors(dataset, vqvae, settings.num_samples, settings.seed)
+    vectors = load_vectors(dataset, tokenizer, settings.num_samples, settings.seed)
     estimate = ConditionalEntropy(vectors, settings.held_out, settings.ridge)
 
     grid = dataset.grid_size
     pairs = estimate.pairs()
     pairs.fill_diagonal_(math.nan)
-    shown = [row * grid[1] + column for row in _spread(grid[0]) for column in _spread(grid[1])]
+    if len(grid) == 2:
+        shown = [row * grid[1] + column for row in _spread(grid[0]) for column in _spread(grid[1])]
+    else:
+        shown = [(frame * grid[1] + grid[1] // 2) * grid[2] + grid[2] // 2 for frame in _spread(grid[0])]
     marginals = estimate.marginals()
     increase = {order: estimate.increase(scheduler) for order, scheduler in orders.items()}
     pictures = {
-        "pairs": pairs[shown].view(-1, *grid),
-        "information": (marginals - pairs)[shown].view(-1, *grid),
-        "increase": torch.stack(list(increase.values())),
+        "pairs": _planes(pairs[shown], grid),
+        "information": _planes((marginals - pairs)[shown], grid),
+        "increase": _planes(torch.stack(list(increase.values())), grid),
     }
     facts = {
         "data": dataset.fingerprint,
@@ -173,12 +177,19 @@ def describe_entropy(folder: Path) -> str:
     return "\n".join([*lines, f"drawn: {folder}"])
 
 
+def _planes(values: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """Maps of tokens, (maps, tokens), as planes: frames of a clip stand side by side."""
+    values = values.reshape(len(values), -1, *grid[-2:])
+    gaps = torch.full((*values.shape[:-1], 1), math.nan, dtype=values.dtype)
+    return torch.cat([values, gaps], dim=-1).movedim(1, 2).flatten(2)[..., :-1]
+
+
 def _spread(count: int) -> list[int]:
     """First, middle and last."""
     return sorted({0, count // 2, count - 1})
 
 
-def _by_distance(information: torch.Tensor, grid: tuple[int, int]) -> dict[str, float]:
+def _by_distance(information: torch.Tensor, grid: tuple[int, ...]) -> dict[str, float]:
     """Mean over all pairs of places that are about 1, 2, 3, ... apart."""
     places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.double) for side in grid))
     distances = torch.cdist(places, places).round()
@@ -186,5 +197,8 @@ def _by_distance(information: torch.Tensor, grid: tuple[int, int]) -> dict[str, 
     return {str(distance): round(values.mean().item(), 4) for distance, values in each.items()}
 
 
-def _rounded(values: torch.Tensor) -> list[list[float | None]]:
-    return [[None if math.isnan(value) else round(value, 4) for value in row] for row in values.tolist()]
+def _rounded(values: torch.Tensor) -> list:
+    """As nested lists; NaN is None."""
+    if values.ndim:
+        return [_rounded(row) for row in values]
+    return None if math.isnan(values) else round(values.item(), 4)

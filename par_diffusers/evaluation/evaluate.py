@@ -1,4 +1,4 @@
-"""Compares generated images with real ones, and says what exactly was compared."""
+"""Compares generated images or clips with real ones, and says what exactly was compared."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,10 @@ from par_diffusers.settings import EvaluationSettings
 
 
 _NEIGHBORS = 3
-# images that FID is quoted for: it falls with their number
-_USUAL_COUNT = 50000
+# samples that the distances are quoted for: they fall with their number
+_USUAL_COUNT = {"fid": 50000, "fvd": 10000, "frechet_distance": 50000}
+# frames of a clip that FVD is quoted for
+_USUAL_FRAMES = 16
 
 
 def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> dict:
@@ -27,7 +29,8 @@ def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> 
     Measures `settings.samples`, against `settings.reference` where there is one.
 
     Metrics: the Fréchet distance (FID with Inception's features, FVD with I3D's), the Inception score, improved precision
-    and recall, and with the glyph judge the share of images that it names as their labels say. A reference that has `mu`
+    and recall, and with the glyph judge the share of images, or of middle frames of clips, that it names as the first
+    characters of their labels say. A reference that has `mu`
     and `sigma` is compared by them in the Fréchet distance, as in the ADM suite, and by its images in the rest.
 
     Args:
@@ -60,8 +63,15 @@ def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> 
         extractor = load_extractor(settings.extractor, device)
     else:
         extractor = module_extractor(network.eval().to(device), settings.extractor)
-    samples = open_source(settings.samples, settings.image_size)
-    reference = None if settings.reference is None else open_source(settings.reference, settings.image_size)
+    names = ("num_frames", "per_class", "frame_rate", "num_clips")
+    part = {name: getattr(settings, name) for name in names}
+    samples = open_source(settings.samples, settings.image_size, **part)
+    reference = None
+    if settings.reference is not None:
+        side = settings.image_size
+        if samples.is_video:
+            part["num_frames"], side = samples.shape[1], side or samples.shape[2]
+        reference = open_source(settings.reference, side, **part)
     metrics = _choose_metrics(settings, extractor, samples, reference, device)
 
     scores = {"inception-score", "accuracy"} & set(metrics)
@@ -84,9 +94,9 @@ def evaluate(settings: EvaluationSettings, network: nn.Module | None = None) -> 
     if "precision-recall" in metrics:
         result["precision"], result["recall"] = precision_recall(features.to(device), real.to(device), _NEIGHBORS)
     if "accuracy" in metrics:
-        result["accuracy"] = _share_named(logits, samples.labels)
+        result["accuracy"] = _share_named(logits, samples, extractor)
         if reference and reference.labels is not None:
-            result["reference_accuracy"] = _share_named(real_logits, reference.labels)
+            result["reference_accuracy"] = _share_named(real_logits, reference, extractor)
 
     facts = {
         "metrics": result,
@@ -158,11 +168,10 @@ def _choose_metrics(
 
 
 def _check_shape(extractor: Extractor, side: Source) -> None:
-    if side.is_video != extractor.of_videos:
-        kinds = ("images", "videos")
+    kind = "videos" if side.is_video else "images"
+    if kind not in extractor.takes:
         raise ValueError(
-            f"`extractor` must be a network of {kinds[side.is_video]} for {side.path}, {extractor.name} is one of "
-            f"{kinds[extractor.of_videos]}."
+            f"`extractor` must be a network of {kind} for {side.path}, {extractor.name} is one of {extractor.takes[0]}."
         )
     if extractor.image_size is not None and set(side.shape[-3:-1]) != {extractor.image_size}:
         raise ValueError(
@@ -192,8 +201,16 @@ def _extract(
     return features, logits
 
 
-def _share_named(logits: torch.Tensor, labels: torch.LongTensor) -> float:
-    return (logits.argmax(-1) == labels).double().mean().item()
+def _share_named(logits: torch.Tensor, side: Source, extractor: Extractor) -> float:
+    named, labels = logits.argmax(-1), side.labels
+    if extractor.classes is not None and side.names is not None:
+        unknown = sorted({name for name in side.names if name[0] not in extractor.classes})
+        if unknown:
+            raise ValueError(
+                f"{side.path} must have labels that begin with a character of {extractor.name}, it has {unknown[0]!r}."
+            )
+        labels = torch.tensor([extractor.classes.index(name[0]) for name in side.names])[labels]
+    return (named == labels).double().mean().item()
 
 
 def _save_statistics(file: Path, features: torch.Tensor, extractor: Extractor) -> None:
@@ -207,9 +224,14 @@ def _save_statistics(file: Path, features: torch.Tensor, extractor: Extractor) -
 def _find_traps(facts: dict, extractor: Extractor, samples: Source, reference: Source | None) -> list[str]:
     """What makes the figures other than those they will be compared with."""
     traps = []
-    if extractor.distance in facts["metrics"] and len(samples) < _USUAL_COUNT:
+    usual = _USUAL_COUNT[extractor.distance]
+    if extractor.distance in facts["metrics"] and len(samples) < usual:
         traps.append(
-            f"{len(samples)} samples: the Fréchet distance falls with their number, published ones are of {_USUAL_COUNT}."
+            f"{len(samples)} samples: the Fréchet distance falls with their number, published ones are of {usual}."
+        )
+    if extractor.distance == "fvd" and samples.shape[1] != _USUAL_FRAMES:
+        traps.append(
+            f"{samples.shape[1]} frames: FVD is mostly of {_USUAL_FRAMES} (--num-frames {_USUAL_FRAMES}), of 17 the first."
         )
     if reference is None:
         return traps
@@ -243,7 +265,21 @@ def describe_result(facts: dict) -> str:
         if facts[side] is not None:
             shape = " x ".join(map(str, facts[side].get("shape", ["mu and sigma"])[:-1] or ["mu and sigma"]))
             lines.append(
-                f"{side}: {facts[side]['name']}, {facts[side]['count']} of {shape}, {facts[side]['sha256'][:16]}"
+                f"{side}: {facts[side]['name']}, {facts[side]['count']} of {shape}{_choices(facts[side])}, "
+                f"{facts[side]['sha256'][:16]}"
             )
     lines.append(f"extractor: {facts['extractor']['name']}, {facts['extractor']['sha256'][:16]}")
     return "\n".join([*lines, *(f"warning: {line}" for line in facts["warnings"])])
+
+
+def _choices(side: dict) -> str:
+    """Which part of its images or clips was compared."""
+    choices = []
+    if side.get("stored_frames", 0) > side.get("shape", [0])[0]:
+        choices.append(f"first {side['shape'][0]} of {side['stored_frames']} frames")
+    if "frame_rate" in side:
+        rate = f"{side['frame_rate']:g} frames a second" if side["frame_rate"] else "all frames"
+        choices += [rate, f"{side['clips_per_video']} clips of each video"]
+    if "per_class" in side:
+        choices.append(f"{side['per_class']} of each class")
+    return f" ({', '.join(choices)})" if choices else ""

@@ -28,18 +28,20 @@ class Extractor:
         run (`Callable`):
             Images uint8 (B, 3, H, W), or videos (B, 3, T, H, W), on the network's device -> features (B, D) and logits
             (B, classes), or `None` where the network does not classify.
-        of_videos (`bool`): Whether it takes videos.
+        takes (`tuple[str, ...]`): `"images"`, `"videos"`, or both.
         image_size (`int` or `None`): The only side it takes.
         judges (`bool`): Whether its classes are those of the labels.
+        classes (`str` or `None`): The characters it names, in the order of its logits; None: as the ids of the labels.
     """
 
     name: str
     sha256: str
     distance: str
     run: Callable[[torch.ByteTensor], tuple[torch.Tensor, torch.Tensor | None]]
-    of_videos: bool = False
+    takes: tuple[str, ...] = ("images",)
     image_size: int | None = None
     judges: bool = False
+    classes: str | None = None
 
 
 def load_extractor(name: str, device: str | torch.device = "cpu") -> Extractor:
@@ -82,8 +84,20 @@ def hash_weights(network: nn.Module) -> str:
 
 def _judge(judge: GlyphJudge, name: str) -> Extractor:
     judge.eval()
+
+    def run(images: torch.ByteTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a clip it sees the middle frame."""
+        return judge(images if images.ndim == 4 else images[:, :, images.shape[2] // 2])
+
     return Extractor(
-        name, hash_weights(judge), "frechet_distance", judge, image_size=judge.config.image_size, judges=True
+        name,
+        hash_weights(judge),
+        "frechet_distance",
+        run,
+        takes=("images", "videos"),
+        image_size=judge.config.image_size,
+        judges=True,
+        classes=judge.config.classes,
     )
 
 
@@ -103,5 +117,5 @@ def _script(network: torch.jit.ScriptModule, file: Path) -> Extractor:
         def i3d(videos: torch.ByteTensor) -> tuple[torch.Tensor, None]:
             return network(videos.float(), rescale=True, resize=True, return_features=True), None
 
-        return Extractor(file.name, sha256, "fvd", i3d, of_videos=True)
+        return Extractor(file.name, sha256, "fvd", i3d, takes=("videos",))
     return Extractor(file.name, sha256, "frechet_distance", lambda images: (network(images).flatten(1), None))

@@ -26,6 +26,7 @@ class GlyphJudge(ModelMixin, ConfigMixin):
         image_size (`int`, defaults to 48): Pixels of a side, a multiple of 16.
         num_classes (`int`, defaults to 36): Classes, in the order of their names.
         num_features (`int`, defaults to 128): Width of the features.
+        classes (`str`, *optional*): The character of each class, where classes are characters.
 
     Example:
 
@@ -42,7 +43,9 @@ class GlyphJudge(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, image_size: int = 48, num_classes: int = 36, num_features: int = 128):
+    def __init__(
+        self, image_size: int = 48, num_classes: int = 36, num_features: int = 128, classes: str | None = None
+    ):
         super().__init__()
         widths, blocks = (3, 24, 48, 96, 128), []
         for wide_in, wide_out in zip(widths, widths[1:], strict=False):
@@ -76,11 +79,17 @@ def load_folder(folder: Path) -> tuple[torch.ByteTensor, torch.LongTensor, list[
 
 
 def train_judge(
-    images: torch.ByteTensor, labels: torch.LongTensor, *, steps: int = 2000, batch_size: int = 128, seed: int = 0
+    images: torch.ByteTensor,
+    labels: torch.LongTensor,
+    classes: str | None = None,
+    *,
+    steps: int = 2000,
+    batch_size: int = 128,
+    seed: int = 0,
 ) -> GlyphJudge:
-    """Trains a judge on `images`, uint8 (N, 3, H, H), and `labels`, class ids (N,)."""
+    """Trains a judge on `images`, uint8 (N, 3, H, H), and `labels`, class ids (N,) of the characters `classes`."""
     torch.manual_seed(seed)
-    judge = GlyphJudge(images.shape[-1], int(labels.max()) + 1)
+    judge = GlyphJudge(images.shape[-1], int(labels.max()) + 1, classes=classes)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, 100, steps)
     judge.train()
@@ -110,9 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    images, labels, _ = load_folder(args.data / "train")
+    images, labels, classes = load_folder(args.data / "train")
     # measured as it is saved
-    judge = train_judge(images, labels, seed=args.seed).half()
+    characters = "".join(classes) if set(map(len, classes)) == {1} else None
+    judge = train_judge(images, labels, characters, seed=args.seed).half()
     judge.save_pretrained(args.output)
     images, labels, _ = load_folder(args.data / "validation")
     print(f"glyphs of held-out fonts: {accuracy(judge.float(), images, labels):.4f} of {len(labels)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -24,6 +25,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, eag
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+
+# logits that the loss holds at a time: 256 MiB in float32
+_MAX_LOGITS = 2**26
 
 
 class PARConfig(PreTrainedConfig):
@@ -44,8 +49,10 @@ class PARConfig(PreTrainedConfig):
         rms_norm_eps (`float`, defaults to 1e-5): Epsilon of the norms.
         rope_theta (`float`, defaults to 10000): Base of the rotary embedding.
         rope_axes (`int`, defaults to 2):
-            Coordinates of a token: 2 for (row, column), 3 for (frame, row, column). Each axis rotates an equal number of
-            channel pairs of a head, the first axis those left over.
+            Coordinates of a token: 2 for (row, column), 3 for (frame, row, column).
+        rope_sections (`tuple[int, ...]`, *optional*):
+            Channel pairs of a head that each axis rotates, half the width of a head in all. Defaults to equal numbers, the
+            first axis taking those left over.
         rope_unplaced (`str`, defaults to `"zero"`):
             Rotation of slots without a place, the condition and the learnable tokens (coordinates -1). `"zero"`: cosine
             and sine are 0, so that their queries and keys vanish, as in all published weights. `"identity"`: unrotated.
@@ -86,6 +93,7 @@ class PARConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_axes: int = 2
+    rope_sections: tuple[int, ...] | list[int] | None = None
     rope_unplaced: str = "zero"
     condition: str = "class"
     caption_channels: int = 2048
@@ -119,6 +127,16 @@ class PARConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
         if self.rope_axes not in (2, 3):
             raise ValueError(f"`rope_axes` must be 2 or 3, got {self.rope_axes!r}.")
+        pairs, sections = self.head_dim // 2, self.rope_sections
+        if sections is not None and (
+            len(sections) != self.rope_axes
+            or not all(isinstance(section, int) and section >= 0 for section in sections)
+            or sum(sections) != pairs
+        ):
+            raise ValueError(
+                f"`rope_sections` must be {self.rope_axes} whole numbers with the sum {pairs}, half the width of a head, "
+                f"got {sections!r}."
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -139,16 +157,16 @@ class PARRotaryEmbedding(nn.Module):
 
     def __init__(self, config: PARConfig):
         super().__init__()
-        pairs = config.head_dim // 2
-        later = pairs // config.rope_axes
-        self.axis_pairs = [pairs - later * (config.rope_axes - 1)] + [later] * (config.rope_axes - 1)
+        later = config.head_dim // 2 // config.rope_axes
+        equal = [config.head_dim // 2 - later * (config.rope_axes - 1)] + [later] * (config.rope_axes - 1)
+        self.sections = config.rope_sections or equal
         self.theta = config.rope_theta
         self.unplaced = config.rope_unplaced
 
     @torch.no_grad()
     def forward(self, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = []
-        for axis, pairs in enumerate(self.axis_pairs):
+        for axis, pairs in enumerate(self.sections):
             exponents = torch.arange(pairs, device=position_ids.device, dtype=torch.float32) / pairs
             angles.append(position_ids[..., axis, None].float() * self.theta**-exponents)
         angles = torch.cat(angles, dim=-1)
@@ -490,6 +508,7 @@ class PARForConditionalGeneration(PARPreTrainedModel):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         r"""
@@ -520,11 +539,16 @@ class PARForConditionalGeneration(PARPreTrainedModel):
                 where there is none. Only those slots get logits.
             use_cache (`bool`, *optional*): Whether to fill and return a cache.
             logits_to_keep (`int`, defaults to 0): Last slots to compute logits for, 0 for all. `labels` decide otherwise.
+            skip_logits (`bool`, defaults to `False`):
+                With `labels`: `loss` is that of each label, and there are no logits; their memory is bounded, whatever the
+                vocabulary and the batch.
 
         Returns:
-            `CausalLMOutputWithPast` with `loss` (mean cross-entropy in nats, computed in float32), `logits`
-            (batch_size, slots kept, vocab_size) and `past_key_values`.
+            `CausalLMOutputWithPast` with `loss` (mean cross-entropy in nats, computed in float32; with `skip_logits` one
+            for each label, (batch_size, num_labels)), `logits` (batch_size, slots kept, vocab_size) and `past_key_values`.
         """
+        if skip_logits and labels is None:
+            raise ValueError("`skip_logits` goes with `labels`, got none.")
         outputs = self.model(
             input_ids=input_ids,
             class_labels=class_labels,
@@ -538,9 +562,13 @@ class PARForConditionalGeneration(PARPreTrainedModel):
         )
         if labels is not None:
             logits_to_keep = labels.shape[1]
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
+        hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
+        logits = loss = None
+        if skip_logits:
+            loss = self._label_losses(hidden_states, labels.to(hidden_states.device))
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and not skip_logits:
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
         return CausalLMOutputWithPast(
             loss=loss,
@@ -549,6 +577,20 @@ class PARForConditionalGeneration(PARPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _label_losses(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Cross-entropies (B, num_labels) in float32; no more than `_MAX_LOGITS` logits are held at a time."""
+        rows, targets = hidden_states.flatten(0, 1), labels.flatten()
+        size = max(1, _MAX_LOGITS // self.config.vocab_size)
+        if len(rows) <= size:
+            return self._row_losses(rows, targets).view_as(labels)
+        # the backward pass makes the logits of a part again
+        parts = zip(rows.split(size), targets.split(size), strict=True)
+        losses = [checkpoint(self._row_losses, *part, use_reentrant=False) for part in parts]
+        return torch.cat(losses).view_as(labels)
+
+    def _row_losses(self, rows: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+        return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="none")
 
 
 PARConfig.register_for_auto_class()

@@ -1,15 +1,18 @@
-"""Draws a handful of images and lays them out as one picture."""
+"""Draws a handful of images or clips and lays them out as one picture."""
 
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
+from diffusers.utils import export_to_gif, make_image_grid
 from PIL import Image
 
-from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline, PARVideoPipeline
+
+
+# an image, or the frames of a clip
+Drawn = Image.Image | list[Image.Image]
 
 
 def spell(pipe: PARPipeline, text: str) -> list[str | None]:
@@ -32,21 +35,21 @@ def spell(pipe: PARPipeline, text: str) -> list[str | None]:
 
 
 def generate(
-    pipe: PARPipeline | PARTextToImagePipeline,
+    pipe: PARPipeline | PARTextToImagePipeline | PARVideoPipeline,
     labels: list[str | int | None],
     *,
     num_images: int = 1,
     seed: int = 0,
     batch_size: int = 32,
     **kwargs,
-) -> list[Image.Image | None]:
+) -> list[Drawn | None]:
     """
-    `num_images` images of each label or prompt, one after the other; None labels give None.
+    `num_images` images or clips of each label or prompt, one after the other; None labels give None.
 
     Image i is drawn from the seed `seed + i` alone, so that neither the batch size nor its neighbours change it.
 
     Args:
-        pipe (`PARPipeline` or `PARTextToImagePipeline`): The pipeline.
+        pipe (`PARPipeline`, `PARTextToImagePipeline` or `PARVideoPipeline`): The pipeline.
         labels (`list`): Label names or class ids, or prompts; None leaves a gap.
         num_images (`int`, defaults to 1): Images of each of them.
         seed (`int`, defaults to 0): Seed of the first image.
@@ -63,13 +66,13 @@ def generate(
     ]
     if not jobs:
         raise ValueError("`labels` must name at least one image, got none.")
-    if isinstance(pipe, PARPipeline):
+    if not isinstance(pipe, PARTextToImagePipeline):
         pipe.prepare_class_labels([label for _, label in jobs])  # an unknown label stops before the first batch
     images = [None] * (len(labels) * num_images)
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator(pipe.device).manual_seed(seed + i) for i, _ in batch]
-        drawn = pipe([label for _, label in batch], generator=generators, **kwargs).images
+        (drawn,) = pipe([label for _, label in batch], generator=generators, return_dict=False, **kwargs)
         for (i, _), image in zip(batch, drawn, strict=True):
             images[i] = image
     return images
@@ -89,16 +92,33 @@ def lay_out(images: list[Image.Image | None], num_images: int, is_text: bool) ->
     return make_image_grid(images, rows=rows, cols=columns)
 
 
-def save_image(image: Image.Image, file: str | Path) -> None:
-    """Writes `image` as PNG, whole or not at all."""
+def lay_out_clips(clips: list[list[Image.Image] | None], num_images: int, is_text: bool) -> list[Image.Image]:
+    """Clips that play beside each other, laid out as images are: the frames of one clip."""
+    num_frames = next(len(clip) for clip in clips if clip is not None)
+    return [
+        lay_out([clip and clip[frame] for clip in clips], num_images, is_text=is_text) for frame in range(num_frames)
+    ]
+
+
+def contact_sheet(drawn: list[Drawn], num_frames: int = 5) -> Image.Image:
+    """Images about square; of clips `num_frames` frames, from the first to the last, in a row for each."""
+    if isinstance(drawn[0], Image.Image):
+        return lay_out(drawn, 1, is_text=False)
+    shown = [round(number * (len(drawn[0]) - 1) / max(num_frames - 1, 1)) for number in range(num_frames)]
+    return make_image_grid([clip[frame] for clip in drawn for frame in shown], rows=len(drawn), cols=num_frames)
+
+
+def save_image(image: Drawn, file: str | Path, frame_rate: float | None = None) -> None:
+    """Writes an image as PNG, a clip as GIF (10 frames a second unless told), whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".png")
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            image.save(stream, format="PNG")
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, file)
+        if isinstance(image, list):
+            export_to_gif(image, os.fspath(partial), fps=frame_rate or 10)
+        else:
+            image.save(partial, format="PNG")
+        os.replace(partial, file)
     except BaseException:
-        os.unlink(scratch)
+        partial.unlink(missing_ok=True)
         raise

@@ -7,16 +7,16 @@ import torch._inductor.config
 from diffusers import DiffusionPipeline
 
 from par_diffusers.cli import check_installed
-from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline, PARVideoPipeline
 from par_diffusers.settings import LoadingSettings
 
 
-_CLASSES = {cls.__name__: cls for cls in (PARPipeline, PARTextToImagePipeline)}
+_CLASSES = {cls.__name__: cls for cls in (PARPipeline, PARTextToImagePipeline, PARVideoPipeline)}
 
 
 def load_pipeline(
     model: str | Path, settings: LoadingSettings, device: str | torch.device, batch_size: int
-) -> PARPipeline | PARTextToImagePipeline:
+) -> PARPipeline | PARTextToImagePipeline | PARVideoPipeline:
     """
     A pipeline of the class that its folder names, ready for calls of `batch_size` images.
 
@@ -39,8 +39,7 @@ def load_pipeline(
         from transformers import TorchAoConfig
 
         quantization = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(int8_weights())})
-    index = DiffusionPipeline.load_config(model)
-    name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
+    index, name = DiffusionPipeline.load_config(model), pipeline_class_name(model)
     if name not in _CLASSES:
         raise ValueError(f"`model` must be a pipeline of {' or '.join(_CLASSES)}, {model} is of {name}.")
     # a text encoder may be many times the backbone: it stays as it was saved, which is what "auto" says
@@ -52,8 +51,16 @@ def load_pipeline(
     return pipe
 
 
-def check_condition(pipe: PARPipeline | PARTextToImagePipeline, model: str | Path, is_text: bool) -> None:
-    """Raises a `ValueError` where prompts are given to a model of labels, or labels to one of text."""
+def pipeline_class_name(model: str | Path) -> str:
+    """Name of the class of a pipeline folder or Hub repository."""
+    name = DiffusionPipeline.load_config(model)["_class_name"]
+    return name if isinstance(name, str) else name[1]
+
+
+def check_condition(pipe: DiffusionPipeline, model: str | Path, is_text: bool, num_frames: int | None) -> None:
+    """Raises a `ValueError` where prompts are given to a model of labels, labels to one of text, or frames to one of images."""
+    if num_frames is not None and not isinstance(pipe, PARVideoPipeline):
+        raise ValueError(f"`num_frames` goes with models of clips, {model} draws images.")
     if is_text != isinstance(pipe, PARTextToImagePipeline):
         kinds = ("labels", "prompts")
         raise ValueError(f"`model` must draw from {kinds[is_text]}, {model} draws from {kinds[not is_text]}.")

@@ -1,9 +1,8 @@
-"""Bulk sampling: many images of a pipeline, each determined by the seed and its number alone."""
+"""Bulk sampling: many images or clips of a pipeline, each determined by the seed and its number alone."""
 
 import dataclasses
 import hashlib
 import json
-import os
 import time
 import zipfile
 from pathlib import Path
@@ -23,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from par_diffusers._version import __version__
 from par_diffusers.folders import lock_folder, publish, write_text
-from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline, PARVideoPipeline
+from par_diffusers.sampling.generate import Drawn, save_image
 from par_diffusers.sampling.loading import check_condition, load_pipeline, stored_tensors
 from par_diffusers.settings import SamplingSettings
 
@@ -38,7 +38,9 @@ def image_seed(seed: int, index: int, purpose: str = "tokens") -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}/{purpose}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def image_labels(pipe: PARPipeline, labels: tuple[str, ...], seed: int, indices: range) -> list[int]:
+def image_labels(
+    pipe: PARPipeline | PARVideoPipeline, labels: tuple[str, ...], seed: int, indices: range
+) -> list[int]:
     """Class ids of images: `("balanced",)`, `("random",)`, or names and ids that are taken in turn."""
     classes = pipe.transformer.config.num_classes
     if labels == ("balanced",):
@@ -73,25 +75,34 @@ def read_prompts(file: str | Path) -> list[str]:
 
 @torch.no_grad()
 def draw_images(
-    pipe: PARPipeline | PARTextToImagePipeline, indices: range, labels: list[int | str], settings: SamplingSettings
+    pipe: PARPipeline | PARTextToImagePipeline | PARVideoPipeline,
+    indices: range,
+    labels: list[int | str],
+    settings: SamplingSettings,
 ) -> torch.Tensor:
-    """The images of `indices`, uint8 (B, H, W, 3) on the CPU, converted as the published scripts do."""
+    """
+    The images of `indices`, uint8 (B, H, W, 3), or clips (B, frames, H, W, 3), on the CPU, converted as the published
+    scripts do.
+    """
     generators = [torch.Generator(pipe.device).manual_seed(image_seed(settings.seed, i)) for i in indices]
-    tokens = pipe(labels, generator=generators, output_type="latent", **settings.call_arguments()).images
-    pixels = pipe.decode_latents(tokens).float()
+    arguments = settings.call_arguments()
+    (tokens,) = pipe(labels, generator=generators, output_type="latent", return_dict=False, **arguments)
+    pixels = pipe.decode_latents(tokens).float().movedim(1, -3)  # frames, where there are any, before channels
     if settings.image_size_eval is not None:
-        pixels = F.interpolate(pixels, size=(settings.image_size_eval,) * 2, mode="bicubic")
-    return (127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu()
+        frames = pixels.flatten(0, -4)
+        frames = F.interpolate(frames, size=(settings.image_size_eval,) * 2, mode="bicubic")
+        pixels = frames.view(*pixels.shape[:-2], *frames.shape[-2:])
+    return (127.5 * pixels + 128).clamp(0, 255).movedim(-3, -1).to(torch.uint8).contiguous().cpu()
 
 
 def sample(settings: SamplingSettings) -> Path:
     """
-    Draws `num_samples` images and returns the folder `settings.output`. With prompts, the labels of images are the numbers of
-    their prompts, from 0.
+    Draws `num_samples` images or clips and returns the folder `settings.output`. With prompts, the labels of images are the
+    numbers of their prompts, from 0.
 
-    The folder gets shards (`samples-00000.safetensors`: `images` uint8 (n, H, W, 3), `labels`), each whole as soon as it is
-    there, and at the end `samples.npz` as the ADM suite reads it (`arr_0` the images, `arr_1` the labels), and
-    `preview.png`. `manifest.json` says what was asked for, of which model, with which versions. Several processes
+    The folder gets shards (`samples-00000.safetensors`: `images` uint8 (n, H, W, 3), or clips (n, frames, H, W, 3), and
+    `labels`), each whole as soon as it is there, and at the end `samples.npz` as the ADM suite reads it (`arr_0` the images,
+    `arr_1` the labels), and `preview.png` or `preview.gif`. `manifest.json` says what was asked for, of which model, with which versions. Several processes
     (accelerate) share the shards. Called again after an interruption, the function draws those that are missing.
 
     Example:
@@ -106,9 +117,11 @@ def sample(settings: SamplingSettings) -> Path:
     accelerator = Accelerator()
     pipe = load_pipeline(settings.model, settings, accelerator.device, settings.batch_size)
     pipe.set_progress_bar_config(disable=True)
-    check_condition(pipe, settings.model, is_text=settings.prompts is not None)
+    check_condition(pipe, settings.model, settings.prompts is not None, settings.num_frames)
+    is_video = isinstance(pipe, PARVideoPipeline)
+    unit = "clips" if is_video else "images"
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
-    count = settings.num_samples or (50000 if prompts is None else len(prompts))
+    count = settings.num_samples or (len(prompts) if prompts is not None else 10000 if is_video else 50000)
 
     def label_ids(indices: range) -> list[int]:
         """Class ids, or numbers of prompts."""
@@ -131,13 +144,13 @@ def sample(settings: SamplingSettings) -> Path:
         if accelerator.is_main_process:
             for partial in output.glob(".*.partial"):
                 partial.unlink()
-            _write_manifest(output, settings, facts)
+            _write_manifest(output, pipe, settings, facts)
         accelerator.wait_for_everyone()
         mine = list(zip(files, ranges, strict=True))[accelerator.process_index :: accelerator.num_processes]
         missing = [(file, indices) for file, indices in mine if not file.exists()]
         to_draw = sum(len(indices) for _, indices in missing)
         started = time.perf_counter()
-        bar = tqdm(total=to_draw, unit="images", desc="sampling")
+        bar = tqdm(total=to_draw, unit=unit, desc="sampling")
         for file, indices in missing:
             labels = label_ids(indices)
             conditions = labels if prompts is None else [prompts[number] for number in labels]
@@ -156,12 +169,12 @@ def sample(settings: SamplingSettings) -> Path:
         if accelerator.is_main_process:
             _write_npz(output / "samples.npz", files)
             if settings.num_preview_images:
-                _write_preview(output / "preview.png", files, settings.num_preview_images)
+                _write_preview(output, files, settings.num_preview_images, pipe.config.get("frame_rate"))
             if settings.png:
-                _write_png(output / "png", files)
+                _write_files(output, files, pipe.config.get("frame_rate"))
             print(
-                f"{output}: {count} images, {drawn} of them now"
-                + (f", {drawn / seconds:.2f} images/s" if drawn else "")
+                f"{output}: {count} {unit}, {drawn} of them now"
+                + (f", {drawn / seconds:.2f} {unit}/s" if drawn else "")
             )
         accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -193,7 +206,7 @@ def add_weights(digest, component: torch.nn.Module) -> None:
             digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _write_manifest(output: Path, settings: SamplingSettings, facts: dict) -> None:
+def _write_manifest(output: Path, pipe: PARPipeline, settings: SamplingSettings, facts: dict) -> None:
     facts = json.loads(json.dumps(facts))
     file = output / MANIFEST
     if file.is_file():
@@ -211,6 +224,8 @@ def _write_manifest(output: Path, settings: SamplingSettings, facts: dict) -> No
     manifest = {
         "model": settings.model,
         "settings": facts,
+        "id2label": pipe.config.get("id2label"),
+        "frame_rate": pipe.config.get("frame_rate"),
         "conversion": "(127.5 x + 128) clamped to 0..255 and cut to whole numbers"
         + (", after F.interpolate(mode='bicubic') without antialias" if settings.image_size_eval else ""),
         "versions": {"par_diffusers": __version__} | versions,
@@ -239,32 +254,39 @@ def _write_npz(file: Path, shards: list[Path]) -> None:
     publish(partial, file)
 
 
-def _first_images(shards: list[Path], count: int) -> list[Image.Image]:
-    images = []
+def _as_drawn(sample: torch.ByteTensor) -> Drawn:
+    """uint8 (H, W, 3) -> an image, (frames, H, W, 3) -> the frames of a clip."""
+    if sample.ndim == 3:
+        return Image.fromarray(sample.numpy())
+    return [Image.fromarray(frame) for frame in sample.numpy()]
+
+
+def _write_preview(folder: Path, shards: list[Path], count: int, frame_rate: float | None) -> None:
+    """The first `count` images side by side, as `preview.png`; clips as `preview.gif`."""
+    drawn = []
     for shard in shards:
         with safe_open(shard, "pt") as tensors:
-            images += [Image.fromarray(i.numpy()) for i in tensors.get_slice("images")[: count - len(images)]]
-        if len(images) == count:
+            drawn += [_as_drawn(sample) for sample in tensors.get_slice("images")[: count - len(drawn)]]
+        if len(drawn) == count:
             break
-    return images
+    columns = max(1, round(len(drawn) ** 0.5))
+    drawn = drawn[: len(drawn) // columns * columns]
+    if isinstance(drawn[0], list):
+        frames = [
+            make_image_grid([clip[i] for clip in drawn], len(drawn) // columns, columns) for i in range(len(drawn[0]))
+        ]
+        save_image(frames, folder / "preview.gif", frame_rate)
+    else:
+        save_image(make_image_grid(drawn, len(drawn) // columns, columns), folder / "preview.png")
 
 
-def _write_preview(file: Path, shards: list[Path], count: int) -> None:
-    images = _first_images(shards, count)
-    columns = max(1, round(len(images) ** 0.5))
-    rows = len(images) // columns
-    make_image_grid(images[: rows * columns], rows=rows, cols=columns).save(file)
-
-
-def _write_png(folder: Path, shards: list[Path]) -> None:
-    """One file an image, `000000.png`, ...; those that are there are whole."""
-    folder.mkdir(exist_ok=True)
+def _write_files(folder: Path, shards: list[Path], frame_rate: float | None) -> None:
+    """One file an image, `png/000000.png`, ..., or a clip, `gif/000000.gif`, ...; those that are there are whole."""
     index = 0
     for shard in shards:
-        for image in load_file(shard)["images"].numpy():
-            file = folder / f"{index:06}.png"
+        for sample in load_file(shard)["images"]:
+            kind = "png" if sample.ndim == 3 else "gif"
+            file = folder / kind / f"{index:06}.{kind}"
             if not file.exists():
-                partial = file.with_name(f".{file.name}.partial")
-                Image.fromarray(image).save(partial, format="PNG")
-                os.replace(partial, file)
+                save_image(_as_drawn(sample), file, frame_rate)
             index += 1

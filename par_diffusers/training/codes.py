@@ -6,84 +6,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from safetensors import safe_open
 from torch.utils.data import Dataset
+
+from par_diffusers.training.tokenizers import ImageTokenizer
 
 
 INDEX = "index.json"
 
 
-def load_vqvae(source: str | Path) -> VQModel:
-    """The tokenizer in a pipeline folder or Hub repository, or in a folder of its own, in float32 and evaluation mode."""
-    subfolder = None if (Path(source) / "config.json").is_file() else "vqvae"
-    return VQModel.from_pretrained(source, subfolder=subfolder, dtype=torch.float32).eval()
-
-
-def tokenizer_fingerprint(vqvae: VQModel) -> str:
-    """
-    Identifies what decides the codes of an image: encoder and codebook. Rounded to half precision, so that a tokenizer
-    saved in float16 counts as the one it was made from.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vqvae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.", "quantize.")):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().to(torch.float16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def grid_size(vqvae: VQModel, image_size: int) -> tuple[int, int]:
-    """Tokens (height, width) of a square image."""
-    factor = 2 ** (len(vqvae.config.block_out_channels) - 1)
-    if image_size % factor:
-        raise ValueError(f"`image_size` must be a multiple of {factor} for this tokenizer, got {image_size}.")
-    return image_size // factor, image_size // factor
-
-
-@torch.no_grad()
-def encode(vqvae: VQModel, pixels: torch.Tensor) -> torch.LongTensor:
-    """Pixels in [-1, 1], (B, 3, H, W), -> token ids (B, H / f, W / f) in raster layout: the nearest codes."""
-    latents = vqvae.encode(pixels).latents
-    return vqvae.quantize(latents)[2][2].view(-1, *latents.shape[-2:])
-
-
 class CodeDataset(Dataset):
     """
-    Token grids with classes. Sample i under view v is `dataset[i, v]`: (codes, int64 (h, w), class id).
+    Token grids with classes. Sample i under view v is `dataset[i, v]`: (codes, int64 (*grid_size), class id).
 
     Reads a folder of shards made by extract-codes, memory-mapped, or LlamaGen's layout: `codes/N.npy`, `labels/N.npy` (or
     `..._codes` and `..._labels`), where a file of codes is (1, views, tokens), (views, tokens) or (tokens,).
 
     Args:
         folder (`str` or `Path`): The folder.
-        vqvae (`VQModel`): The tokenizer that the codes are to be decoded with. Shards of another one raise a `ValueError`.
+        tokenizer (`ImageTokenizer` or `VideoTokenizer`):
+            What the codes are to be decoded with. Shards of another one raise a `ValueError`.
 
     Attributes: `grid_size`, `num_views`, `classes` (`list[str]`, or None for LlamaGen's layout), `fingerprint` of the data,
-    and `num_classes`, which class ids must be below (None: any).
+    `frame_rate` (of clips), and `num_classes`, which class ids must be below (None: any).
     """
 
-    def __init__(self, folder: str | Path, vqvae: VQModel):
+    def __init__(self, folder: str | Path, tokenizer: ImageTokenizer):
         self.folder = Path(folder)
-        self.vocab_size = vqvae.config.num_vq_embeddings
-        self.num_classes = None
+        self.vocab_size = tokenizer.num_codes
+        self.num_classes = self.frame_rate = None
         self._open = {}
         if (self.folder / INDEX).is_file():
-            self._read_index(vqvae)
+            self._read_index(tokenizer)
         else:
             self._read_llamagen()
 
-    def _read_index(self, vqvae: VQModel) -> None:
+    def _read_index(self, tokenizer: ImageTokenizer) -> None:
         text = (self.folder / INDEX).read_text(encoding="utf-8")
         index = json.loads(text)
-        ours = tokenizer_fingerprint(vqvae)
+        ours = tokenizer.fingerprint
         if index["tokenizer"] != ours:
             raise ValueError(
                 f"`data` must be codes of the tokenizer given, {self.folder} has those of {index['tokenizer']}, the "
                 f"tokenizer is {ours}."
             )
         self.grid_size, self.num_views = tuple(index["grid_size"]), index["num_views"]
-        self.classes = index["classes"]
+        self.classes, self.frame_rate = index["classes"], index.get("frame_rate")
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.shards = [self.folder / shard["file"] for shard in index["shards"]]
         self.ends = np.cumsum([shard["num_images"] for shard in index["shards"]])

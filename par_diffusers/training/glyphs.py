@@ -108,6 +108,12 @@ def render_glyph(glyph: Image.Image, image_size: int, rng: random.Random) -> np.
     top = (image_size - size[1]) // 2 + rng.randint(-shift, shift)
     ink[top : top + size[1], left : left + size[0], 0] = np.asarray(glyph.resize(size, Image.BOX)) / 255
 
+    background, paint = draw_colours(image_size, rng)
+    return np.round((background + (paint - background) * ink) * 255).astype(np.uint8)
+
+
+def draw_colours(image_size: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """A dark linear gradient of two near hues, (image_size, image_size, 3), and a light colour (3,), in [0, 1]."""
     hue = rng.random()
     start = _hsv(hue, rng.uniform(0.65, 0.95), rng.uniform(0.2, 0.6))
     end = _hsv((hue + rng.uniform(-0.15, 0.15)) % 1, rng.uniform(0.65, 0.95), rng.uniform(0.2, 0.6))
@@ -115,8 +121,30 @@ def render_glyph(glyph: Image.Image, image_size: int, rng: random.Random) -> np.
     angle = rng.uniform(0, 2 * np.pi)
     x, y = np.meshgrid(np.linspace(-0.5, 0.5, image_size), np.linspace(-0.5, 0.5, image_size))
     ramp = (x * np.cos(angle) + y * np.sin(angle)) / (abs(np.cos(angle)) + abs(np.sin(angle))) + 0.5
-    background = start + (end - start) * ramp[..., None]
-    return np.round((background + (paint - background) * ink) * 255).astype(np.uint8)
+    return start + (end - start) * ramp[..., None], paint
+
+
+def split_fonts(
+    min_likeness: float, min_ink: float, rng: random.Random
+) -> tuple[int, dict[str, dict[tuple[str, str], list[Image.Image]]]]:
+    """How many fonts there are, and the legible ones, as `load_glyphs` has them: `"validation"`, a tenth, and `"train"`."""
+    everything = load_glyphs(find_font_files())
+    fonts = keep_legible(everything, min_likeness, min_ink) if everything else {}
+    if len({family for family, _ in fonts}) < 2:
+        raise ValueError(
+            f"`fc-list` must know legible fonts of two families or more, found {len(everything)} fonts, {len(fonts)} of "
+            "them legible; install some (on Debian: packages fonts-*)."
+        )
+    families = defaultdict(dict)
+    for (family, style), drawn in fonts.items():
+        families[family][family, style] = drawn
+    order = sorted(families)
+    rng.shuffle(order)
+    splits = {"validation": {}, "train": {}}
+    for family in order:
+        held_out = len(splits["validation"]) < len(fonts) / 10
+        splits["validation" if held_out else "train"].update(families[family])
+    return len(everything), splits
 
 
 def render_split(
@@ -148,26 +176,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output.exists() and any(args.output.iterdir()):
         raise ValueError(f"--output must be a new or empty folder, {args.output} has files.")
 
-    everything = load_glyphs(find_font_files())
-    fonts = keep_legible(everything, args.min_likeness, args.min_ink) if everything else {}
-    if len({family for family, _ in fonts}) < 2:
-        raise ValueError(
-            f"`fc-list` must know legible fonts of two families or more, found {len(everything)} fonts, {len(fonts)} of "
-            "them legible; install some (on Debian: packages fonts-*)."
-        )
-    families = defaultdict(dict)
-    for (family, style), drawn in fonts.items():
-        families[family][family, style] = drawn
     rng = random.Random(args.seed)
-    order = sorted(families)
-    rng.shuffle(order)
-    splits = {"validation": {}, "train": {}}
-    for family in order:
-        held_out = len(splits["validation"]) < len(fonts) / 10
-        splits["validation" if held_out else "train"].update(families[family])
+    num_fonts, splits = split_fonts(args.min_likeness, args.min_ink, rng)
     for split, chosen in splits.items():
         count = render_split(chosen, args.variants, args.image_size, rng, args.output / split)
-        print(f"{split}: {count} pictures from {len(chosen)} of {len(everything)} fonts", flush=True)
+        print(f"{split}: {count} pictures from {len(chosen)} of {num_fonts} fonts", flush=True)
 
 
 if __name__ == "__main__":

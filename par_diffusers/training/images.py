@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 
 NUM_VIEWS = {"none": 1, "flip": 2, "ten-crop": 10}
-_SUFFIXES = set(Image.registered_extensions())
+VIDEO_SUFFIXES = set(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv".split())
+IMAGE_SUFFIXES = set(Image.registered_extensions()) - VIDEO_SUFFIXES
 # what Pillow raises for a file that is cut short, not an image, or broken inside
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -49,45 +50,41 @@ def make_views(image: Image.Image, image_size: int, augmentation: str, crop_rang
     return torch.stack(crops, dim=1).flatten(0, 1)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """All image files in `folder` and its folders, by their names, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+def list_files(folder: Path, suffixes: set[str]) -> list[Path]:
+    """All files in `folder` and its folders that end in one of `suffixes`, by their names, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
 
 
-class ImageFolder(Dataset):
+class MediaFolder(Dataset):
     """
-    Images with classes, sorted by name: `folder/class name/.../image`, or flat with `metadata.csv` (or `metadata.jsonl`)
-    that has the columns `file_name` and `label`, or `text` for captions (then every caption is a class). Image i is `load(i)`, uint8 (views, 3, image_size, image_size).
+    Files with classes, sorted by name: `folder/class name/.../file`, or flat with `metadata.csv` (or `metadata.jsonl`)
+    that has the columns `file_name` and `label`, or `text` for captions (then every caption is a class). Sample i has
+    `num_views` views, `load(i)`; `dataset[i, v]` is one of them.
 
     Args:
         folder (`str` or `Path`): The folder.
-        image_size (`int`): Pixels of a side.
-        augmentation (`str`), crop_range (`float`): See `make_views`.
         classes (`list[str]`, *optional*): Class names in the order of their ids. Defaults to those found, sorted.
 
     Attributes: `files` (`list[str]`, relative to the folder), `labels` (`list[int]`), `classes` (`list[str]`).
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        image_size: int,
-        augmentation: str = "none",
-        crop_range: float = 1.1,
-        classes: list[str] | None = None,
-    ):
+    kind, suffixes = "images", IMAGE_SUFFIXES
+    other, other_suffixes = "videos", VIDEO_SUFFIXES
+
+    def __init__(self, folder: str | Path, classes: list[str] | None = None):
         self.folder = Path(folder)
-        self.image_size, self.augmentation, self.crop_range = image_size, augmentation, crop_range
         if not self.folder.is_dir():
-            raise ValueError(f"`data` must be an image folder, got {folder}.")
+            raise ValueError(f"`data` must be a folder of {self.kind}, got {folder}.")
         named = _read_metadata(self.folder)
         if named is None:
-            files = [file.relative_to(self.folder) for file in list_images(self.folder) if file.parent != self.folder]
-            named = [(file.as_posix(), file.parts[0]) for file in files]
+            files = [file.relative_to(self.folder) for file in list_files(self.folder, self.suffixes)]
+            named = [(file.as_posix(), file.parts[0]) for file in files if len(file.parts) > 1]
         if not named:
+            others = len(list_files(self.folder, self.other_suffixes))
             raise ValueError(
-                f"`data` must hold images, in a folder for each class or listed in metadata.csv with file_name and label; "
-                f"found none in {folder}."
+                f"`data` must hold {self.kind}, in a folder for each class or listed in metadata.csv with file_name and "
+                f"label; found none in {folder}"
+                + (f", but {others} {self.other}, which take another tokenizer." if others else ".")
             )
         named.sort()
         found = sorted({name for _, name in named})
@@ -106,26 +103,55 @@ class ImageFolder(Dataset):
         return len(self.files)
 
     @property
-    def num_views(self) -> int:
-        return NUM_VIEWS[self.augmentation]
-
-    @property
     def fingerprint(self) -> str:
-        """Of the names of the images and of what is made of them."""
-        view = (self.image_size, self.augmentation, self.crop_range)
-        return hashlib.sha256("\n".join([repr(view), *self.classes, *self.files]).encode()).hexdigest()[:16]
-
-    def load(self, index: int) -> torch.Tensor:
-        """All views of an image; raises one of `UNREADABLE` where the file is broken."""
-        with Image.open(self.folder / self.files[index]) as image:
-            return make_views(image.convert("RGB"), self.image_size, self.augmentation, self.crop_range)
+        """Of the names of the files and of what is made of them."""
+        return hashlib.sha256("\n".join([repr(self.view), *self.classes, *self.files]).encode()).hexdigest()[:16]
 
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         index, view = key
         try:
-            return self.load(index)[view]
+            return self.load(index, view)
         except UNREADABLE as error:
             raise ValueError(f"{self.folder / self.files[index]} cannot be read: {error}") from None
+
+
+class ImageFolder(MediaFolder):
+    """
+    A [`MediaFolder`] of images.
+
+    Args:
+        folder (`str` or `Path`), classes (`list[str]`, *optional*): See there.
+        image_size (`int`): Pixels of a side.
+        augmentation (`str`), crop_range (`float`): See `make_views`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        image_size: int,
+        augmentation: str = "none",
+        crop_range: float = 1.1,
+        classes: list[str] | None = None,
+    ):
+        self.image_size, self.augmentation, self.crop_range = image_size, augmentation, crop_range
+        super().__init__(folder, classes)
+
+    @property
+    def view(self) -> tuple:
+        return (self.image_size, self.augmentation, self.crop_range)
+
+    @property
+    def num_views(self) -> int:
+        return NUM_VIEWS[self.augmentation]
+
+    def load(self, index: int, view: int | None = None) -> torch.Tensor:
+        """
+        All views of an image, uint8 (views, 3, image_size, image_size), or one of them; raises one of `UNREADABLE` where
+        the file is broken.
+        """
+        with Image.open(self.folder / self.files[index]) as image:
+            views = make_views(image.convert("RGB"), self.image_size, self.augmentation, self.crop_range)
+        return views if view is None else views[view]
 
 
 def _read_metadata(folder: Path) -> list[tuple[str, str]] | None:
@@ -150,5 +176,5 @@ def _read_metadata(folder: Path) -> list[tuple[str, str]] | None:
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
+    """uint8 -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Trains a PAR backbone on the codes of an image set."""
+"""Trains a PAR backbone on the codes of images or clips."""
 
 import time
 from collections.abc import Iterator
@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import VQModel
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -18,13 +16,14 @@ from par_diffusers.analysis.heatmap import draw_heatmap
 from par_diffusers.conversion.convert_llamagen import read_labels
 from par_diffusers.folders import lock_folder
 from par_diffusers.models import PARConfig, PARForConditionalGeneration
-from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline
+from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline, PARVideoPipeline
 from par_diffusers.pipelines.pipeline_par_text_to_image import left_pad
-from par_diffusers.sampling.generate import generate, lay_out
+from par_diffusers.sampling.generate import contact_sheet, generate
+from par_diffusers.sampling.loading import pipeline_class_name
 from par_diffusers.schedulers import PARScheduler
 from par_diffusers.settings import TrainingSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
-from par_diffusers.training.codes import CodeDataset, load_vqvae
+from par_diffusers.training.codes import CodeDataset
 from par_diffusers.training.features import CaptionFeatures
 from par_diffusers.training.run import (
     TrainingRun,
@@ -32,9 +31,10 @@ from par_diffusers.training.run import (
     make_accelerator,
     optimizer_and_schedule,
 )
+from par_diffusers.training.tokenizers import ImageTokenizer, VideoTokenizer, load_tokenizer
 
 
-_PLAN = ("num_parallel_tokens", "order", "region_grid", "initial_tokens", "group_attention", "guidance_scale")
+_PLAN = ("num_parallel_tokens", "order", "region_grid", "initial_tokens", "group_attention", "guidance_scale", "top_k")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _DROPOUTS = ("token_dropout", "residual_dropout", "attention_dropout", "condition_dropout")
 
@@ -53,8 +53,7 @@ def token_losses(
     """
     targets = scheduler.order_tokens(codes)
     inputs = scheduler.model_inputs(codes, vocab_size)
-    logits = model(logits_to_keep=targets.shape[1], use_cache=False, **inputs, **condition).logits
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return model(labels=targets, skip_logits=True, use_cache=False, **inputs, **condition).loss
 
 
 @torch.no_grad()
@@ -128,13 +127,16 @@ def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def build_model(
-    settings: TrainingSettings, dataset: CodeDataset, vqvae: VQModel, features: CaptionFeatures | None = None
+    settings: TrainingSettings,
+    dataset: CodeDataset,
+    tokenizer: ImageTokenizer,
+    features: CaptionFeatures | None = None,
 ) -> tuple[PARForConditionalGeneration, PARScheduler, dict[str, str] | None]:
     """Backbone, scheduler and `id2label` that the settings ask for, from scratch or from the pipeline `settings.model`."""
     plan = {name: getattr(settings, name) for name in _PLAN if getattr(settings, name) is not None}
     sizes = {name: getattr(settings, name) for name in _SIZES if getattr(settings, name) is not None}
     dropouts = {name: getattr(settings, name) for name in _DROPOUTS}
-    vocab_size = vqvae.config.num_vq_embeddings
+    vocab_size = tokenizer.num_codes
     torch.manual_seed(settings.seed)
     if settings.model is None:
         if dataset.classes is None:
@@ -153,6 +155,7 @@ def build_model(
             **condition,
             vocab_size=vocab_size,
             num_learnable_tokens=scheduler.num_learnable_tokens,
+            rope_axes=len(dataset.grid_size),
             **sizes,
             **dropouts,
         )
@@ -161,7 +164,10 @@ def build_model(
 
     if sizes:
         raise ValueError(f"`{next(iter(sizes))}` must not be given together with `model`, whose backbone has its own.")
-    pipe_class = PARPipeline if features is None else PARTextToImagePipeline
+    pipe_class = _pipeline_class(tokenizer, features)
+    found = pipeline_class_name(settings.model)
+    if found != pipe_class.__name__:
+        raise ValueError(f"`model` must be a {pipe_class.__name__} for these data, {settings.model} is a {found}.")
     without = {} if features is None else {"text_encoder": None, "tokenizer": None}
     pipe = pipe_class.from_pretrained(settings.model, dtype=torch.float32, **without)
     config = pipe.transformer.config
@@ -191,6 +197,12 @@ def build_model(
         if labels is None or settings.labels is not None:
             labels = _read_labels(settings, dataset, config)
     return with_learnable_tokens(pipe.transformer, scheduler.num_learnable_tokens), scheduler, labels
+
+
+def _pipeline_class(tokenizer: ImageTokenizer, features: CaptionFeatures | None) -> type:
+    if isinstance(tokenizer, VideoTokenizer):
+        return PARVideoPipeline
+    return PARPipeline if features is None else PARTextToImagePipeline
 
 
 def _read_labels(settings: TrainingSettings, dataset: CodeDataset, config: PARConfig) -> dict[str, str] | None:
@@ -255,9 +267,17 @@ def train(settings: TrainingSettings, resume: str | None = None) -> Path:
     source = settings.vqvae or settings.model
     if source is None:
         raise ValueError("`vqvae` must be given where `model` is not: the tokenizer that made the codes.")
-    vqvae = load_vqvae(source)
-    dataset = CodeDataset(settings.data, vqvae)
-    held_out = None if settings.validation_data is None else CodeDataset(settings.validation_data, vqvae)
+    tokenizer = load_tokenizer(source)
+    is_video = isinstance(tokenizer, VideoTokenizer)
+    if is_video and settings.features is not None:
+        raise ValueError("`features` go with codes of images, those of clips are trained on classes.")
+    # the paper's: table 5 for ImageNet, table 6 for UCF-101
+    if settings.num_train_epochs is None:
+        settings.num_train_epochs = 3000 if is_video else 300
+    if settings.lr_warmup_epochs is None:
+        settings.lr_warmup_epochs = 150 if is_video else 15
+    dataset = CodeDataset(settings.data, tokenizer)
+    held_out = None if settings.validation_data is None else CodeDataset(settings.validation_data, tokenizer)
     features = None if settings.features is None else CaptionFeatures(settings.features, dataset.classes)
     held_out_features = None
     if held_out is not None and features is not None:
@@ -272,7 +292,7 @@ def train(settings: TrainingSettings, resume: str | None = None) -> Path:
                 f"{dataset.classes and len(dataset.classes)} classes, got {held_out.grid_size} and "
                 f"{held_out.classes and len(held_out.classes)}."
             )
-    model, scheduler, labels = build_model(settings, dataset, vqvae, features)
+    model, scheduler, labels = build_model(settings, dataset, tokenizer, features)
     steps_per_epoch = max(len(dataset) // settings.global_batch_size, 1)
     total_steps = settings.max_train_steps or settings.num_train_epochs * steps_per_epoch
     warmup_steps = settings.lr_warmup_steps
@@ -293,11 +313,11 @@ def train(settings: TrainingSettings, resume: str | None = None) -> Path:
         run = TrainingRun(accelerator, settings, resume, fingerprint)
         batches.steps = range(run.step, total_steps)
         data = (dataset, features, held_out, held_out_features)
-        _train(run, model, scheduler, vqvae, labels, data, batches, warmup_steps, total_steps)
+        _train(run, model, scheduler, tokenizer, labels, data, batches, warmup_steps, total_steps)
     return run.folder
 
 
-def _train(run, model, scheduler, vqvae, labels, data, batches, warmup_steps, total_steps) -> None:
+def _train(run, model, scheduler, tokenizer, labels, data, batches, warmup_steps, total_steps) -> None:
     settings, accelerator = run.settings, run.accelerator
     dataset, features, held_out, held_out_features = data
     device, config = accelerator.device, model.config
@@ -317,23 +337,25 @@ def _train(run, model, scheduler, vqvae, labels, data, batches, warmup_steps, to
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.mixed_precision]
     peak = settings.peak_tflops or measured_tflops(device, dtype)
     accelerator.print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(dataset)} images as "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(dataset)} samples as "
         f"{'x'.join(map(str, dataset.grid_size))} tokens in {scheduler.num_inference_steps} steps, {total_steps} training "
         f"steps of {settings.global_batch_size} on {accelerator.num_processes} x {device.type}"
         f"{', FSDP' if accelerator.distributed_type == DistributedType.FSDP else ''}",
         flush=True,
     )
 
-    def gather() -> tuple[dict[str, dict], PARPipeline | None]:
+    def gather() -> tuple[dict[str, dict], PARPipeline | PARTextToImagePipeline | PARVideoPipeline | None]:
         """What is trained now: all tensors, and the pipeline of what is to be used, both on the main process."""
         tensors = gather_state(model, optimizer.optimizer, ema)
         if not accelerator.is_main_process:
             return tensors, None
         trained = PARForConditionalGeneration(config)
         trained.load_state_dict(tensors["ema" if ema is not None else "model"])
-        if features is None:
-            return tensors, PARPipeline(trained.eval(), vqvae, scheduler, id2label=labels)
-        return tensors, PARTextToImagePipeline(trained.eval(), vqvae, scheduler)
+        components = {"transformer": trained.eval(), tokenizer.component: tokenizer.model, "scheduler": scheduler}
+        facts = {} if features is not None else {"id2label": labels}
+        if isinstance(tokenizer, VideoTokenizer):
+            facts["frame_rate"] = dataset.frame_rate or None
+        return tensors, _pipeline_class(tokenizer, features)(**components, **facts)
 
     if features is None:
         dataset.num_classes = config.num_classes
@@ -410,8 +432,8 @@ def _train(run, model, scheduler, vqvae, labels, data, batches, warmup_steps, to
         if samples or saves:
             tensors, pipe = gather()
             if samples and accelerator.is_main_process:
-                images = _sample(pipe, settings.num_validation_images, device, features, dataset.classes)
-                run.log_picture(step, "samples", lay_out(images, 1, is_text=False))
+                samples = _sample(pipe, settings.num_validation_images, device, features, dataset.classes)
+                run.log_picture(step, "samples", contact_sheet(samples))
             if saves:
                 run.save_checkpoint(step, tensors, schedule, lambda folder, pipe=pipe: pipe.save_pretrained(folder))
         window, seconds, logged = torch.zeros((), device=device), 0.0, step
@@ -447,13 +469,13 @@ def _line(step: int, total_steps: int, metrics: dict) -> str:
 
 
 def _sample(
-    pipe: PARPipeline | PARTextToImagePipeline,
+    pipe: PARPipeline | PARTextToImagePipeline | PARVideoPipeline,
     count: int,
     device: torch.device,
     features: CaptionFeatures | None,
     captions: list[str] | None,
 ) -> list:
-    """Images of classes or captions spread over all, the same ones and from the same seeds each time."""
+    """Images or clips of classes or captions spread over all, the same ones and from the same seeds each time."""
     pipe.to(device)
     last = pipe.transformer.config.num_classes - 1 if features is None else len(captions) - 1
     chosen = torch.linspace(0, last, count).long().tolist()

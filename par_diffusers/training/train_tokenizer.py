@@ -1,4 +1,7 @@
-"""Trains an image tokenizer: a stock `diffusers.VQModel` with an l2-normalised codebook."""
+"""
+Trains a tokenizer: of images a stock `diffusers.VQModel` with an l2-normalised codebook, of videos a stock
+`diffusers.AutoencoderVidTok` with finite scalar quantization.
+"""
 
 import math
 import time
@@ -8,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import VQModel
+from diffusers import AutoencoderVidTok, VQModel
 from torch import nn
 from torch.utils.data import DataLoader
 
 from par_diffusers.folders import lock_folder
-from par_diffusers.sampling.generate import lay_out
+from par_diffusers.sampling.generate import contact_sheet, lay_out
 from par_diffusers.settings import TokenizerSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
-from par_diffusers.training.codes import grid_size
-from par_diffusers.training.images import ImageFolder, to_pixels
+from par_diffusers.training.images import ImageFolder, MediaFolder, to_pixels
 from par_diffusers.training.run import (
     TrainingRun,
     gather_state,
     make_accelerator,
     optimizer_and_schedule,
 )
+from par_diffusers.training.tokenizers import ImageTokenizer, VideoTokenizer
+from par_diffusers.training.videos import VideoFolder
 
 
 def quantize(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
@@ -36,28 +40,47 @@ def quantize(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     return codebook[indices].permute(0, 3, 1, 2), indices
 
 
-class TokenizerObjective(nn.Module):
+class ImageObjective(nn.Module):
     """
-    The losses of a tokenizer: L1 on pixels in [-1, 1], and squared distances between normalised latents and codes, to
+    The losses of a [`VQModel`]: L1 on pixels in [-1, 1], and squared distances between normalised latents and codes, to
     move the codes (weight 1) and the latents (weight `commitment`). With `quantizes` False the decoder gets the latents
     themselves.
     """
 
-    def __init__(self, vqvae: VQModel, commitment: float):
+    def __init__(self, settings: TokenizerSettings):
         super().__init__()
-        self.vqvae, self.commitment = vqvae, commitment
+        levels = len(settings.block_out_channels)
+        self.model = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=settings.block_out_channels,
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.block_out_channels[-1],
+            sample_size=settings.image_size,
+            num_vq_embeddings=settings.codebook_size,
+            norm_num_groups=settings.norm_num_groups,
+            vq_embed_dim=settings.codebook_dim,
+            scaling_factor=1.0,
+            lookup_from_codebook=True,
+        ).to(memory_format=torch.channels_last)
+        self.commitment = settings.commitment
+
+    @property
+    def codebook(self) -> nn.Parameter:
+        return self.model.quantize.embedding.weight
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, d, h, w) in float32."""
-        return F.normalize(self.vqvae.quant_conv(self.vqvae.encoder(pixels)).float(), dim=1)
+        return F.normalize(self.model.quant_conv(self.model.encoder(pixels)).float(), dim=1)
 
     def forward(self, pixels: torch.Tensor, quantizes: bool) -> dict[str, torch.Tensor]:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         latents = self.encode(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
-            codes, indices = quantize(latents, self.vqvae.quantize.embedding.weight)
+            codes, indices = quantize(latents, self.codebook)
             distances = F.mse_loss(codes, latents.detach()) + self.commitment * F.mse_loss(latents, codes.detach())
         straight_through = latents + (codes - latents).detach() if quantizes else latents
-        decoded = self.vqvae.decoder(self.vqvae.post_quant_conv(straight_through)).float()
+        decoded = self.model.decoder(self.model.post_quant_conv(straight_through)).float()
         reconstruction = F.l1_loss(decoded, pixels)
         # the codes are part of the graph in every step, as processes that share gradients need
         return {
@@ -66,42 +89,78 @@ class TokenizerObjective(nn.Module):
             "squared_error": F.mse_loss(decoded.detach(), pixels),
             "latents": latents.detach(),
             "indices": indices,
+            "decoded": decoded.detach(),
         }
 
+    def export(self) -> VQModel:
+        """The tokenizer as users load it, on the CPU, with codes of unit norm."""
+        trained = VQModel.from_config(self.model.config)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
+        trained.load_state_dict(weights)
+        return trained
 
-def build_vqvae(settings: TokenizerSettings) -> VQModel:
-    levels = len(settings.block_out_channels)
-    torch.manual_seed(settings.seed)
-    return VQModel(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=settings.block_out_channels,
-        layers_per_block=settings.layers_per_block,
-        latent_channels=settings.block_out_channels[-1],
-        sample_size=settings.image_size,
-        num_vq_embeddings=settings.codebook_size,
-        norm_num_groups=settings.norm_num_groups,
-        vq_embed_dim=settings.codebook_dim,
-        scaling_factor=1.0,
-        lookup_from_codebook=True,
-    ).to(memory_format=torch.channels_last)
+
+class VideoObjective(nn.Module):
+    """The loss of an [`AutoencoderVidTok`] with finite scalar quantization: L1 on pixels in [-1, 1]. Its codes are fixed."""
+
+    codebook = None
+
+    def __init__(self, settings: TokenizerSettings):
+        super().__init__()
+        first, *_ = channels = settings.block_out_channels
+        if any(width % first for width in channels):
+            raise ValueError(f"`block_out_channels` must be multiples of the first, got {channels}.")
+        width = round(math.log(settings.codebook_size, 8))
+        if settings.codebook_size != 8**width:
+            raise ValueError(f"`codebook_size` must be a power of 8, got {settings.codebook_size}.")
+        self.model = AutoencoderVidTok(
+            ch=first,
+            ch_mult=[width // first for width in channels],
+            num_res_blocks=settings.layers_per_block,
+            z_channels=width,
+            double_z=False,
+            regularizer="fsq",
+            codebook_size=settings.codebook_size,
+        )
+
+    def forward(self, pixels: torch.Tensor, quantizes: bool) -> dict[str, torch.Tensor]:
+        latents, indices = self.model(pixels, encoder_mode=True)
+        decoded = self.model.decode(latents).float()
+        reconstruction = F.l1_loss(decoded, pixels)
+        return {
+            "loss": reconstruction,
+            "l1": reconstruction.detach(),
+            "squared_error": F.mse_loss(decoded.detach(), pixels),
+            "indices": indices.long(),
+            "decoded": decoded.detach(),
+        }
+
+    def export(self) -> AutoencoderVidTok:
+        trained = AutoencoderVidTok.from_config(self.model.config)
+        trained.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()})
+        return trained
 
 
 @torch.no_grad()
 def reconstruction_report(
-    objective: TokenizerObjective, images: ImageFolder, num_samples: int, batch_size: int, accelerator: Accelerator
+    objective: ImageObjective | VideoObjective,
+    media: MediaFolder,
+    num_codes: int,
+    num_samples: int,
+    batch_size: int,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean L1 on [-1, 1], PSNR in dB and share of codes used, of `num_samples` images spread evenly over `images`."""
-    num_samples = min(num_samples, len(images))
+    """Mean L1 on [-1, 1], PSNR in dB and share of codes used, of `num_samples` samples spread evenly over `media`."""
+    num_samples = min(num_samples, len(media))
     device = accelerator.device
-    codes = objective.vqvae.config.num_vq_embeddings
-    sums, uses = torch.zeros(2, dtype=torch.float64, device=device), torch.zeros(codes, device=device)
+    sums, uses = torch.zeros(2, dtype=torch.float64, device=device), torch.zeros(num_codes, device=device)
     objective.eval()
     for part in torch.arange(accelerator.process_index, num_samples, accelerator.num_processes).split(batch_size):
-        pixels = torch.stack([images[int(place) * len(images) // num_samples, 0] for place in part])
+        pixels = torch.stack([media[int(place) * len(media) // num_samples, 0] for place in part])
         result = objective(to_pixels(pixels.to(device)), quantizes=True)
         sums += len(part) * torch.stack([result["l1"], result["squared_error"]]).double()
-        uses += torch.bincount(result["indices"].flatten(), minlength=codes)
+        uses += torch.bincount(result["indices"].flatten(), minlength=num_codes)
     objective.train()
     l1, squared_error = (accelerator.reduce(sums, "sum") / num_samples).tolist()
     usage = (accelerator.reduce(uses, "sum") > 0).float().mean().item()
@@ -115,9 +174,10 @@ def _psnr(squared_error: float) -> float:
 
 def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> Path:
     """
-    Trains a tokenizer and returns the folder `settings.output`, then that of a `VQModel` with a unit-norm codebook.
+    Trains a tokenizer and returns the folder `settings.output`, then that of an `AutoencoderVidTok`, or of a `VQModel` with
+    a unit-norm codebook.
 
-    The first `autoencoder_steps` train a plain autoencoder on normalised latents; the codebook then starts from latents of
+    Of a `VQModel` the first `autoencoder_steps` train a plain autoencoder on normalised latents; the codebook then starts from latents of
     the data, which leaves few dead codes. Codes that nothing used for `revival_steps` move to latents of the batch at
     hand, but in the last fifth of the training: a code moved late would never be trained. Checkpoints and `resume` as in
     [`~par_diffusers.training.train.train`].
@@ -134,14 +194,26 @@ def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> P
     accelerator = make_accelerator(settings)
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("train-tokenizer shares batches, not weights: launch it without FSDP.")
-    view = (settings.image_size, settings.augmentation, settings.crop_range)
-    images = ImageFolder(settings.data, *view)
-    held_out = None if settings.validation_data is None else ImageFolder(settings.validation_data, settings.image_size)
-    vqvae = build_vqvae(settings)
-    grid_size(vqvae, settings.image_size)
+    torch.manual_seed(settings.seed)
+    held_out = None
+    if settings.architecture == "AutoencoderVidTok":
+        objective = VideoObjective(settings)
+        tokenizer = VideoTokenizer(objective.model)
+        tokenizer.grid_size(settings.image_size, settings.num_frames)
+        clip = (settings.image_size, settings.num_frames, settings.frame_rate)
+        media = VideoFolder(settings.data, *clip, settings.num_clips, settings.augmentation)
+        if settings.validation_data is not None:
+            held_out = VideoFolder(settings.validation_data, *clip)
+    else:
+        objective = ImageObjective(settings)
+        tokenizer = ImageTokenizer(objective.model)
+        tokenizer.grid_size(settings.image_size)
+        media = ImageFolder(settings.data, settings.image_size, settings.augmentation, settings.crop_range)
+        if settings.validation_data is not None:
+            held_out = ImageFolder(settings.validation_data, settings.image_size)
     batches = BatchSchedule(
-        len(images),
-        images.num_views,
+        len(media),
+        media.num_views,
         settings.global_batch_size,
         settings.seed,
         range(settings.max_train_steps),
@@ -150,26 +222,25 @@ def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> P
         accelerator.num_processes,
     )
     with lock_folder(Path(settings.output), accelerator):
-        run = TrainingRun(accelerator, settings, resume, images.fingerprint)
+        run = TrainingRun(accelerator, settings, resume, media.fingerprint)
         batches.steps = range(run.step, settings.max_train_steps)
-        _train(run, vqvae, images, held_out, batches)
+        _train(run, objective, tokenizer.num_codes, media, held_out, batches)
     return run.folder
 
 
-def _train(run, vqvae, images, held_out, batches) -> None:
+def _train(run, objective, num_codes, media, held_out, batches) -> None:
     settings, accelerator = run.settings, run.accelerator
     device, total_steps = accelerator.device, settings.max_train_steps
-    objective = TokenizerObjective(vqvae, settings.commitment)
     optimizer, schedule = optimizer_and_schedule(objective, settings, total_steps, settings.lr_warmup_steps)
     model, optimizer = accelerator.prepare(objective, optimizer)
-    codebook = objective.vqvae.quantize.embedding.weight
-    uses = torch.zeros(len(codebook), dtype=torch.long, device=device)
+    codebook = objective.codebook
+    uses = torch.zeros(num_codes, dtype=torch.long, device=device)
     tensors, state = run.restore(model, optimizer.optimizer, schedule)
     usage = state.get("usage")
     if tensors:
         uses.copy_(tensors["codebook"]["uses"])
     accelerator.print(
-        f"{sum(p.numel() for p in vqvae.parameters()) / 1e6:.2f} M parameters, {len(images)} images, {total_steps} steps of "
+        f"{sum(p.numel() for p in objective.parameters()) / 1e6:.2f} M parameters, {len(media)} {media.kind}, {total_steps} steps of "
         f"{settings.global_batch_size} on {accelerator.num_processes} x {device.type}",
         flush=True,
     )
@@ -182,16 +253,11 @@ def _train(run, vqvae, images, held_out, batches) -> None:
         return candidates[chosen.to(device)]
 
     def export(folder: Path) -> None:
-        """The tokenizer as users load it, with codes of unit norm."""
-        trained = VQModel.from_config(vqvae.config)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vqvae.state_dict().items()}
-        weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
-        trained.load_state_dict(weights)
-        trained.save_pretrained(folder)
+        objective.export().save_pretrained(folder)
 
     loader = iter(
         DataLoader(
-            images,
+            media,
             batch_sampler=batches,
             num_workers=settings.dataloader_num_workers,
             collate_fn=torch.stack,
@@ -203,13 +269,13 @@ def _train(run, vqvae, images, held_out, batches) -> None:
     model.train()
     for step in range(run.step + 1, total_steps + 1):
         started = time.perf_counter()
-        quantizes = step > settings.autoencoder_steps
+        quantizes = codebook is None or step > settings.autoencoder_steps
         for part in range(settings.gradient_accumulation_steps):
-            pixels = to_pixels(next(loader).to(device)).contiguous(memory_format=torch.channels_last)
+            pixels = to_pixels(next(loader).to(device))
             seed_step(settings.seed, step, part, accelerator.process_index)
-            if step == settings.autoencoder_steps + 1 and part == 0:
+            if codebook is not None and step == settings.autoencoder_steps + 1 and part == 0:
                 with torch.no_grad(), accelerator.autocast():
-                    codebook.copy_(draw_latents(objective.encode(pixels), len(codebook), step))
+                    codebook.copy_(draw_latents(objective.encode(pixels), num_codes, step))
             with accelerator.accumulate(model):
                 result = model(pixels, quantizes)
                 accelerator.backward(result["loss"])
@@ -218,15 +284,15 @@ def _train(run, vqvae, images, held_out, batches) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             if quantizes:
-                uses += torch.bincount(result["indices"].flatten(), minlength=len(codebook))
+                uses += torch.bincount(result["indices"].flatten(), minlength=num_codes)
             losses = torch.stack([result["loss"].detach(), result["l1"], result["squared_error"]])
             window += losses / settings.gradient_accumulation_steps
         rate = schedule.get_last_lr()[0]
         schedule.step()
         if quantizes and (step - settings.autoencoder_steps) % settings.revival_steps == 0:
             dead = (accelerator.reduce(uses, "sum") == 0).nonzero().flatten()
-            usage = 1 - len(dead) / len(codebook)
-            if len(dead) and step < 0.8 * total_steps:
+            usage = 1 - len(dead) / num_codes
+            if codebook is not None and len(dead) and step < 0.8 * total_steps:
                 codebook.data[dead] = draw_latents(result["latents"], len(dead), step)
             uses.zero_()
         validates = step % settings.validation_steps == 0 or step == total_steps
@@ -239,7 +305,7 @@ def _train(run, vqvae, images, held_out, batches) -> None:
             continue
 
         metrics = {"loss": loss, "l1": l1, "psnr": _psnr(squared_error), "learning_rate": rate}
-        metrics["images_per_second"] = round((step - logged) * settings.global_batch_size / seconds, 2)
+        metrics["samples_per_second"] = round((step - logged) * settings.global_batch_size / seconds, 2)
         line = f"step {step}/{total_steps} loss {loss:.4f} L1 {l1:.4f} PSNR {metrics['psnr']:.2f} dB"
         if usage is not None:
             metrics["codebook_usage"] = usage
@@ -248,6 +314,7 @@ def _train(run, vqvae, images, held_out, batches) -> None:
             metrics |= reconstruction_report(
                 objective,
                 held_out,
+                num_codes,
                 settings.validation_samples,
                 max(settings.global_batch_size // accelerator.num_processes, 1),
                 accelerator,
@@ -257,7 +324,7 @@ def _train(run, vqvae, images, held_out, batches) -> None:
                 f"codes used {metrics['validation_codebook_usage']:.1%}"
             )
         run.log(step, metrics)
-        accelerator.print(f"{line} lr {rate:.2e} {metrics['images_per_second']:.0f} images/s", flush=True)
+        accelerator.print(f"{line} lr {rate:.2e} {metrics['samples_per_second']:.3g} {media.kind}/s", flush=True)
         if validates and held_out is not None and accelerator.is_main_process:
             run.log_picture(step, "samples", _side_by_side(objective, held_out, device))
         if saves:
@@ -269,18 +336,20 @@ def _train(run, vqvae, images, held_out, batches) -> None:
 
 
 @torch.no_grad()
-def _side_by_side(objective: TokenizerObjective, images: ImageFolder, device: torch.device, count: int = 8):
-    """Images spread over the data, each beside its reconstruction."""
+def _side_by_side(
+    objective: ImageObjective | VideoObjective, media: MediaFolder, device: torch.device, count: int = 8
+):
+    """Samples spread over the data, each beside its reconstruction; clips above theirs."""
     from PIL import Image
 
     objective.eval()
     pairs = []
-    for place in range(min(count, len(images))):
-        original = images[place * len(images) // min(count, len(images)), 0]
-        latents = objective.encode(to_pixels(original[None].to(device)))
-        codes, _ = quantize(latents, objective.vqvae.quantize.embedding.weight)
-        decoded = objective.vqvae.decoder(objective.vqvae.post_quant_conv(codes))[0]
-        decoded = ((decoded.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        pairs += [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in (original, decoded)]
+    for place in range(min(count, len(media))):
+        original = media[place * len(media) // min(count, len(media)), 0]
+        decoded = objective(to_pixels(original[None].to(device)), quantizes=True)["decoded"][0]
+        decoded = ((decoded.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        for pixels in (original, decoded):
+            pixels = pixels.movedim(0, -1).numpy()
+            pairs.append(Image.fromarray(pixels) if pixels.ndim == 3 else [Image.fromarray(frame) for frame in pixels])
     objective.train()
-    return lay_out(pairs, 2, is_text=False)
+    return lay_out(pairs, 2, is_text=False) if isinstance(pairs[0], Image.Image) else contact_sheet(pairs)

@@ -117,4 +117,4 @@ def test_the_command_draws_and_prints(make_vqvae, tmp_path, capsys):
             assert len(picture.convert("RGB").getcolors(10**6)) > 10
     with pytest.raises(SystemExit):
         main(["entropy", *words])
-    assert "`num_samples` must be at most the 60 images" in capsys.readouterr().err
+    assert "`num_samples` must be at most the 60 samples" in capsys.readouterr().err

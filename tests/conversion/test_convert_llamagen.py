@@ -11,7 +11,7 @@ import torch
 
 import par_diffusers
 from par_diffusers import PARForConditionalGeneration, PARPipeline, PARScheduler, convert_llamagen_checkpoint
-from par_diffusers.conversion.convert_llamagen import LABELS, PUBLISHED_SIZES, convert_vq, load_state_dict, read_labels
+from par_diffusers.conversion.convert_llamagen import PUBLISHED_SIZES, convert_vq, load_state_dict, read_labels
 
 
 MODELS = ["par_c2i_4x", "par_c2i_16x", "llamagen_c2i"]
@@ -245,7 +245,7 @@ def test_labels_come_from_a_file_or_are_imagenets(reference, tmp_path):
     assert PARPipeline.from_pretrained(folder).get_label_ids(["name 7"]) == [7]
     (tmp_path / "names.json").write_text(json.dumps({str(i): name for i, name in enumerate(names)}))
     assert read_labels(tmp_path / "names.json", 10) == {str(i): name for i, name in enumerate(names)}
-    imagenet = read_labels(LABELS, 1000)
+    imagenet = read_labels("imagenet", 1000)
     assert imagenet["207"] == "golden retriever" and imagenet["0"].startswith("tench")
     (tmp_path / "short.txt").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="labels.*0 to 9.*got 2"):

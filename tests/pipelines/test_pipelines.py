@@ -1,4 +1,4 @@
-"""What all pipelines share: each test runs with labels and with text, which are the same words."""
+"""What all pipelines share: each test runs with labels and with text, which are the same words, of images, and of clips."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch._inductor.config
 from accelerate import cpu_offload
 from diffusers import VQModel
 from diffusers.callbacks import PipelineCallback
-from sampling_helpers import logits, seeded, tokens
+from sampling_helpers import draw, logits, seeded, tokens
 
 from par_diffusers import PARScheduler
 
@@ -15,9 +15,9 @@ from par_diffusers import PARScheduler
 PAIR = ["three", "eight"]
 
 
-@pytest.fixture(params=["class", "text"])
-def build(request, make_pipeline, make_text_pipeline):
-    return {"class": make_pipeline, "text": make_text_pipeline}[request.param]
+@pytest.fixture(params=["class", "text", "video"])
+def build(request, make_pipeline, make_text_pipeline, make_video_pipeline):
+    return {"class": make_pipeline, "text": make_text_pipeline, "video": make_video_pipeline}[request.param]
 
 
 @pytest.fixture
@@ -25,7 +25,17 @@ def pipe(build):
     return build()
 
 
-def test_output_types(pipe):
+@pytest.fixture(params=["class", "text"])
+def image_pipe(request, make_pipeline, make_text_pipeline):
+    return {"class": make_pipeline, "text": make_text_pipeline}[request.param]()
+
+
+def per_prompt(pipe) -> str:
+    return "num_videos_per_prompt" if hasattr(pipe, "vae") else "num_images_per_prompt"
+
+
+def test_output_types(image_pipe):
+    pipe = image_pipe
     images = pipe(PAIR, generator=seeded(0, 1)).images
     assert [image.size for image in images] == [(8, 8), (8, 8)]
     arrays = pipe(PAIR, generator=seeded(0, 1), output_type="np").images
@@ -39,7 +49,8 @@ def test_output_types(pipe):
     assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1), tensors)
 
 
-def test_the_tokenizer_decodes_in_chunks(pipe):
+def test_the_tokenizer_decodes_in_chunks(image_pipe):
+    pipe = image_pipe
     sizes = []
     pipe.vqvae.decoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     latents = torch.randint(32, (5, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -52,18 +63,19 @@ def test_the_tokenizer_decodes_in_chunks(pipe):
 
 
 def test_return_dict_false_gives_a_tuple_of_the_same(pipe):
-    (images,) = pipe(PAIR, generator=seeded(0, 1), output_type="pt", return_dict=False)
-    assert torch.equal(images, pipe(PAIR, generator=seeded(0, 1), output_type="pt").images)
+    (drawn,) = pipe(PAIR, generator=seeded(0, 1), output_type="pt", return_dict=False)
+    output = pipe(PAIR, generator=seeded(0, 1), output_type="pt")
+    assert torch.equal(drawn, output.frames if "frames" in output else output.images)
 
 
 def test_an_image_is_the_same_whatever_the_batch_around_it(pipe):
     alone = tokens(pipe, ["eight"], generator=seeded(5))
     batch = tokens(pipe, ["one", "eight", "three", "eight"], generator=seeded(4, 5, 6, 7))
     assert torch.equal(batch[1:2], alone)
-    repeated = tokens(pipe, ["one", "eight"], num_images_per_prompt=2, generator=seeded(0, 1, 5, 2))
+    repeated = tokens(pipe, ["one", "eight"], **{per_prompt(pipe): 2}, generator=seeded(0, 1, 5, 2))
     assert torch.equal(repeated[2:3], alone)
-    images = pipe(["one", "eight", "three"], generator=seeded(4, 5, 6), output_type="pt").images
-    assert (images[1:2] - pipe(["eight"], generator=seeded(5), output_type="pt").images).abs().max() < 1e-4
+    pixels = draw(pipe, ["one", "eight", "three"], generator=seeded(4, 5, 6))
+    assert (pixels[1:2] - draw(pipe, ["eight"], generator=seeded(5))).abs().max() < 1e-4
 
 
 def test_one_generator_repeats_the_batch(pipe):
@@ -74,7 +86,7 @@ def test_one_generator_repeats_the_batch(pipe):
 
 def test_num_images_per_prompt_repeats_each_label_in_turn(pipe):
     expected = tokens(pipe, ["three", "three", "eight", "eight"], generator=seeded(0, 1, 2, 3))
-    assert torch.equal(tokens(pipe, PAIR, num_images_per_prompt=2, generator=seeded(0, 1, 2, 3)), expected)
+    assert torch.equal(tokens(pipe, PAIR, **{per_prompt(pipe): 2}, generator=seeded(0, 1, 2, 3)), expected)
 
 
 @pytest.mark.parametrize("num_parallel_tokens", [1, 2, 4, 16])
@@ -116,7 +128,7 @@ def test_defaults_come_from_the_scheduler_config(pipe):
 )
 def test_guidance_follows_its_schedule(options, pipe):
     grid = tokens(pipe, PAIR, temperature=0, guidance_scale=6.0, **options)
-    scales = [pipe.scheduler.guidance_at(step, 6.0, **options) for step in range(7)]
+    scales = [pipe.scheduler.guidance_at(step, 6.0, **options) for step in range(pipe.num_timesteps)]
     assert len(set(scales)) > 1
     each = torch.tensor([scale for scale, step in zip(scales, pipe.scheduler.step_tokens, strict=True) for _ in step])
     cond, uncond = (logits(pipe, PAIR, grid, is_null) for is_null in (False, True))
@@ -128,10 +140,10 @@ def test_guidance_follows_its_schedule(options, pipe):
 
 
 def test_number_of_steps_is_the_plans(pipe):
-    expected = tokens(pipe, ["three"], generator=seeded(0))
-    assert torch.equal(tokens(pipe, ["three"], generator=seeded(0), num_inference_steps=7), expected)
-    assert pipe.num_timesteps == 7
-    with pytest.raises(ValueError, match="num_inference_steps.*must be 7.*got 50"):
+    expected, steps = tokens(pipe, ["three"], generator=seeded(0)), pipe.scheduler.num_inference_steps
+    assert torch.equal(tokens(pipe, ["three"], generator=seeded(0), num_inference_steps=steps), expected)
+    assert pipe.num_timesteps == steps == 4 + (expected.numel() - 4) // 4
+    with pytest.raises(ValueError, match=f"num_inference_steps.*must be {steps}.*got 50"):
         pipe(["three"], num_inference_steps=50)
 
 
@@ -147,7 +159,7 @@ def test_callback_sees_each_step_and_may_replace_the_tokens(pipe):
         return kwargs
 
     assert tokens(pipe, ["three"], generator=seeded(0), callback_on_step_end=callback).sum() == 0
-    assert [(step, timestep) for step, timestep, _ in seen] == [(i, i) for i in range(7)]
+    assert [(step, timestep) for step, timestep, _ in seen] == [(i, i) for i in range(pipe.num_timesteps)]
     assert torch.equal(seen[-1][2], tokens(pipe, ["three"], generator=seeded(0)))
     with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs.*latents.*got.*logits"):
         pipe(["three"], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["logits"])
@@ -200,7 +212,7 @@ def test_interrupt_stops_generating(pipe):
 
 
 def test_latents_are_the_grid_before_the_first_step(pipe):
-    start = torch.full((1, 4, 4), 31)
+    start = torch.full((1, *pipe.scheduler.grid_size), 31)
     first = []
 
     def callback(pipeline, step, timestep, kwargs):
@@ -216,7 +228,7 @@ def test_latents_are_the_grid_before_the_first_step(pipe):
 def test_progress_bar_counts_the_steps(pipe, capfd):
     pipe.set_progress_bar_config(disable=False)
     pipe(["three"])
-    assert "7/7" in capfd.readouterr().err
+    assert f"{pipe.num_timesteps}/{pipe.num_timesteps}" in capfd.readouterr().err
     pipe.set_progress_bar_config(disable=True)
     pipe(["three"])
     assert capfd.readouterr().err == ""
@@ -224,11 +236,11 @@ def test_progress_bar_counts_the_steps(pipe, capfd):
 
 def test_dtypes_of_components_may_differ(pipe):
     pipe.transformer.to(torch.bfloat16)
-    images = pipe(PAIR, generator=seeded(0, 1), output_type="pt").images
+    images = draw(pipe, PAIR, generator=seeded(0, 1))
     assert images.dtype == torch.float32 and images.isfinite().all()
     pipe.to(torch.bfloat16)
-    assert pipe(PAIR, generator=seeded(0, 1), output_type="pt").images.dtype == torch.bfloat16
-    assert pipe(["three"], output_type="pil").images[0].size == (8, 8)
+    assert draw(pipe, PAIR, generator=seeded(0, 1)).dtype == torch.bfloat16
+    assert len(draw(pipe, ["three"], "pil")) == 1
 
 
 def test_components_are_never_moved_or_changed_by_a_call(pipe):
@@ -244,7 +256,8 @@ def test_components_rebuild_the_pipeline(pipe):
     assert torch.equal(tokens(again, ["three"], generator=seeded(0)), tokens(pipe, ["three"], generator=seeded(0)))
 
 
-def test_vqvae_without_an_own_embedding_width_decodes(pipe):
+def test_vqvae_without_an_own_embedding_width_decodes(image_pipe):
+    pipe = image_pipe
     torch.manual_seed(0)
     pipe.vqvae = VQModel(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
                          up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=32, lookup_from_codebook=True)  # fmt: skip
@@ -287,7 +300,9 @@ def test_vqvae_without_an_own_embedding_width_decodes(pipe):
         ({"callback_on_step_end_tensor_inputs": ["probs"]}, "callback_on_step_end_tensor_inputs"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_compute(pipe, arguments, message, monkeypatch):
+def test_bad_arguments_are_refused_before_any_compute(image_pipe, arguments, message, monkeypatch):
+    pipe = image_pipe
+
     def computed(*args, **kwargs):
         raise AssertionError("computed before the arguments were checked")
 
@@ -309,7 +324,8 @@ def test_bad_arguments_are_refused_before_any_compute(pipe, arguments, message, 
         ("vqvae", {"codes": 64}, "num_vq_embeddings.*must be 32.*got 64"),
     ],
 )
-def test_components_that_do_not_fit_together_are_refused(pipe, make_vqvae, name, exchange, message):
+def test_components_that_do_not_fit_together_are_refused(image_pipe, make_vqvae, name, exchange, message):
+    pipe = image_pipe
     if name == "vqvae":
         pipe.vqvae = make_vqvae(**exchange)
     else:
@@ -319,7 +335,7 @@ def test_components_that_do_not_fit_together_are_refused(pipe, make_vqvae, name,
 
 
 def test_offloaded_components_draw_the_same(pipe):
-    expected = pipe(PAIR, generator=seeded(0, 1), output_type="pt").images
+    expected = draw(pipe, PAIR, generator=seeded(0, 1))
     components = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
     assert set(pipe.model_cpu_offload_seq.split("->")) == {
         name for name, component in pipe.components.items() if component in components
@@ -327,7 +343,7 @@ def test_offloaded_components_draw_the_same(pipe):
     for component in components:
         cpu_offload(component, execution_device="cpu", offload_buffers=True)
     assert pipe.transformer.lm_head.weight.device.type == "meta"
-    assert torch.equal(pipe(PAIR, generator=seeded(0, 1), output_type="pt").images, expected)
+    assert torch.equal(draw(pipe, PAIR, generator=seeded(0, 1)), expected)
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
@@ -337,7 +353,7 @@ def test_a_compiled_transformer_draws_the_same_with_a_graph_for_each_kind_of_ste
 ):
     pipe = build(num_parallel_tokens=num_parallel_tokens)
     labels = [PAIR, ["one", "one"], ["zero", "five"]]
-    expected = [pipe(pair, generator=torch.Generator().manual_seed(7), output_type="latent").images for pair in labels]
+    expected = [tokens(pipe, pair, generator=torch.Generator().manual_seed(7)) for pair in labels]
     compiled = []
 
     def backend(graph, example_inputs):
@@ -366,7 +382,8 @@ def test_the_compiler_draws_the_same_tokens_in_float32(freezing, pipe):
     assert all(map(torch.equal, found, expected))
 
 
-def test_other_sizes_have_their_own_plan(pipe):
+def test_other_sizes_have_their_own_plan(image_pipe):
+    pipe = image_pipe
     seen = []
 
     def record(pipe, step, timestep, tensors):
@@ -392,6 +409,6 @@ def test_other_sizes_have_their_own_plan(pipe):
         ({"height": 6, "width": 6}, "num_parallel_tokens.*3x3"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(sizes, message, pipe):
+def test_sizes_that_do_not_divide_are_refused(sizes, message, image_pipe):
     with pytest.raises(ValueError, match=message):
-        pipe(PAIR, **sizes)
+        image_pipe(PAIR, **sizes)

@@ -138,6 +138,23 @@ def test_a_text_folder_travels_alone_and_back(journey, make_text_pipeline):
     assert torch.equal(by_package["tokens"], tokens) and by_package["remote"] == []
 
 
+def test_a_video_folder_travels_alone_and_back(journey, make_video_pipeline):
+    pipe = make_video_pipeline()
+    folder, kind = journey.folder / "video", ("--pipeline", "PARVideoPipeline")
+    pipe.save_pretrained(folder)
+    names = {name.replace("vqvae/", "vae/") for name in FILES} - {"pipeline_par.py"} | {"pipeline_par_video.py"}
+    assert set(contents(folder)) == names
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    tokens = pipe(["three", "eight"], generator=generator, output_type="latent").frames
+    remote = journey.leg("remote", folder, "--save", journey.folder / "video-2")
+    assert torch.equal(remote["tokens"], tokens) and remote["pipeline"].startswith("diffusers_modules")
+    package = journey.leg("package", journey.folder / "video-2", *kind, "--save", journey.folder / "video-3")
+    assert torch.equal(package["tokens"], tokens) and package["remote"] == []
+    assert torch.equal(package["pixels"], remote["pixels"])
+    first, second, third = (contents(journey.folder / name) for name in ("video", "video-2", "video-3"))
+    assert first == second == third
+
+
 def test_package_folder_to_remote_class_to_folder_to_package(journey, home):
     folder, tokens = home
     single = journey.folder / "single"

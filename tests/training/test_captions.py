@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from par_diffusers import PARTextToImagePipeline
 from par_diffusers.pipelines.pipeline_par_text_to_image import left_pad
 from par_diffusers.settings import ExtractionSettings, FeatureSettings, TrainingSettings
-from par_diffusers.training.codes import CodeDataset, load_vqvae
+from par_diffusers.training.codes import CodeDataset
 from par_diffusers.training.extract_codes import extract_codes
 from par_diffusers.training.extract_features import extract_features
 from par_diffusers.training.features import CaptionFeatures
+from par_diffusers.training.tokenizers import load_tokenizer
 from par_diffusers.training.train import train
 
 
@@ -114,7 +115,7 @@ def test_a_model_that_knows_its_captions_by_heart_draws_them(num_parallel_tokens
         tmp_path / "run", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
     )
     assert trained.scheduler.config.num_parallel_tokens == num_parallel_tokens
-    dataset = CodeDataset(root / "codes", load_vqvae(vqvae_folder))
+    dataset = CodeDataset(root / "codes", load_tokenizer(vqvae_folder))
     codes = torch.stack([dataset[number, 0][0] for number in range(6)])
     captions = [dataset.classes[dataset[number, 0][1]] for number in range(6)]
     for scale in (1.0, 1.5):
@@ -126,7 +127,7 @@ def test_a_model_that_knows_its_captions_by_heart_draws_them(num_parallel_tokens
 
 def test_training_goes_on_from_a_caption_model_with_another_plan(data, vqvae_folder, tmp_path):
     root, pipe, _ = data
-    pipe.vqvae = load_vqvae(vqvae_folder)
+    pipe.vqvae = load_tokenizer(vqvae_folder).model
     pipe.save_pretrained(tmp_path / "start")
     settings = {
         "data": root / "codes", "model": tmp_path / "start", "vqvae": vqvae_folder, "features": root / "features",
@@ -143,7 +144,7 @@ def test_features_that_do_not_fit_are_refused(data, vqvae_folder, make_text_pipe
     (tmp_path / "others.txt").write_text("one\ntwo\n")
     extract_features(FeatureSettings(tmp_path / "others.txt", tmp_path / "others", **options))
     wide = make_text_pipeline(width=24)
-    wide.vqvae = load_vqvae(vqvae_folder)
+    wide.vqvae = load_tokenizer(vqvae_folder).model
     wide.save_pretrained(tmp_path / "wide")
     given = {"data": root / "codes", "vqvae": vqvae_folder, "output": tmp_path / "run", "global_batch_size": 6}
     for more, message in (

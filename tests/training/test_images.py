@@ -81,7 +81,7 @@ def test_class_ids_follow_the_list_of_classes_where_one_is_given(pictures):
 
 
 def test_data_errors_say_what_is_wrong(pictures, tmp_path):
-    with pytest.raises(ValueError, match="`data` must be an image folder"):
+    with pytest.raises(ValueError, match="`data` must be a folder of images"):
         ImageFolder(tmp_path / "nowhere", 16)
     with pytest.raises(ValueError, match="`data` must hold images.*found none"):
         ImageFolder(tmp_path, 16)

@@ -10,7 +10,8 @@ from launching import finish, read_losses, read_metrics, start
 from par_diffusers import PARPipeline, PARScheduler
 from par_diffusers.conversion.convert_llamagen import convert_llamagen_checkpoint
 from par_diffusers.settings import TrainingSettings
-from par_diffusers.training.codes import CodeDataset, load_vqvae
+from par_diffusers.training.codes import CodeDataset
+from par_diffusers.training.tokenizers import load_tokenizer
 from par_diffusers.training.train import (
     Collate,
     flops_per_sample,
@@ -81,7 +82,7 @@ def test_every_plan_trains_to_a_pipeline(plan, tiny, tmp_path, make_vqvae):
     for name, value in plan.items():
         assert pipe.scheduler.config[name] == value
     assert pipe.labels["green"] == 1
-    dataset = CodeDataset(tiny["data"], load_vqvae(tiny["vqvae"]))
+    dataset = CodeDataset(tiny["data"], load_tokenizer(tiny["vqvae"]))
     known = {tuple(dataset[i, v][0].flatten().tolist()) for i in range(32, 64) for v in range(2)}
     drawn = pipe("green", generator=torch.Generator().manual_seed(0), output_type="latent").images
     # most tokens of a picture of this class are where pictures of this class have them
@@ -116,12 +117,13 @@ def test_the_folder_of_a_run_says_all_about_it(tiny, tmp_path):
     shares = (4 * last["validation_loss_initial"] + 60 * last["validation_loss_parallel"]) / 64
     assert shares == pytest.approx(last["validation_loss"], abs=1e-6)
     assert last["samples_per_second"] > 0 and 0 < last["mfu"] < 2
-    assert "hidden_size: 32" in (folder / "training.yaml").read_text()
+    echo = (folder / "training.yaml").read_text()
+    assert "hidden_size: 32" in echo and "num_train_epochs: 300" in echo and "lr_warmup_epochs: 15" in echo
     assert not list(folder.glob(".*"))
 
 
 def test_the_validation_loss_is_that_of_the_model_without_dropout(codes, vqvae_folder, make_model):
-    dataset = CodeDataset(codes, load_vqvae(vqvae_folder))
+    dataset = CodeDataset(codes, load_tokenizer(vqvae_folder))
     model, scheduler = make_model(token_dropout=0.5, condition_dropout=0.5, num_classes=3), PARScheduler((8, 8))
     each = validation_losses(model, scheduler, 32, dataset, Collate(None), 30, 7, Accelerator())
     assert model.training

@@ -8,15 +8,9 @@ from diffusers import VQModel
 from launching import finish, read_losses, read_metrics, start
 
 from par_diffusers.settings import TokenizerSettings
-from par_diffusers.training.codes import encode
 from par_diffusers.training.images import ImageFolder, to_pixels
-from par_diffusers.training.train_tokenizer import (
-    TokenizerObjective,
-    build_vqvae,
-    quantize,
-    reconstruction_report,
-    train_tokenizer,
-)
+from par_diffusers.training.tokenizers import ImageTokenizer
+from par_diffusers.training.train_tokenizer import ImageObjective, quantize, reconstruction_report, train_tokenizer
 
 
 @pytest.fixture
@@ -62,27 +56,26 @@ def test_a_tokenizer_learns_to_reproduce_its_pictures(tiny, tmp_path):
     images = ImageFolder(tiny["data"], 16)
     pixels = to_pixels(torch.stack([images[i, 0] for i in range(0, 96, 5)]))
     with torch.no_grad():
-        codes = encode(vqvae, pixels)
+        codes = ImageTokenizer(vqvae).encode(pixels)
         decoded = vqvae.decode(codes, force_not_quantize=True, shape=(*codes.shape, 4)).sample
     assert (decoded - pixels).abs().mean() < 0.15
 
 
 @torch.no_grad()
 def test_the_trained_codes_are_the_stock_models(tiny):
-    vqvae = build_vqvae(TokenizerSettings(**tiny, output="unused"))
-    vqvae.quantize.embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-    weight = vqvae.quantize.embedding.weight
-    weight.data /= weight.norm(dim=1, keepdim=True)
+    objective = ImageObjective(TokenizerSettings(**tiny, output="unused"))
+    codes = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    objective.codebook.copy_(torch.nn.functional.normalize(codes, dim=1))
     images = ImageFolder(tiny["data"], 16)
     pixels = to_pixels(torch.stack([images[i, 0] for i in range(6)]))
-    ours = TokenizerObjective(vqvae, 0.25)(pixels, quantizes=True)["indices"]
-    assert torch.equal(ours, encode(vqvae, pixels))
+    ours = objective(pixels, quantizes=True)["indices"]
+    assert torch.equal(ours, ImageTokenizer(objective.model).encode(pixels))
 
 
 def test_the_report_is_over_the_whole_data(tiny):
-    objective = TokenizerObjective(build_vqvae(TokenizerSettings(**tiny, output="unused")), 0.25)
+    objective = ImageObjective(TokenizerSettings(**tiny, output="unused"))
     images = ImageFolder(tiny["data"], 16)
-    reports = [reconstruction_report(objective, images, 96, size, Accelerator()) for size in (5, 96)]
+    reports = [reconstruction_report(objective, images, 16, 96, size, Accelerator()) for size in (5, 96)]
     assert reports[0] == pytest.approx(reports[1])
     with torch.no_grad():
         whole = objective(to_pixels(torch.stack([images[i, 0] for i in range(96)])), quantizes=True)
@@ -134,5 +127,5 @@ def test_weights_are_not_sharded(tiny, tmp_path):
 def test_settings_that_cannot_work_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="`image_size` must be a multiple of 2"):
         train_tokenizer(TokenizerSettings(**tiny | {"image_size": 17}, output=tmp_path / "vq"))
-    with pytest.raises(ValueError, match="`data` must be an image folder"):
+    with pytest.raises(ValueError, match="`data` must be a folder of images"):
         train_tokenizer(TokenizerSettings(**tiny | {"data": "nowhere"}, output=tmp_path / "vq"))
