@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def test_public_names_are_there():
     assert set(par_diffusers.__all__) == {
         "__version__", "PARConfig", "PARForConditionalGeneration", "PARModel", "PARPipeline", "PARScheduler",
-        "PARTextToImagePipeline", "convert_llamagen_checkpoint", "embedded_model",
+        "PARTextToImagePipeline", "PARVideoPipeline", "convert_llamagen_checkpoint", "embedded_model",
     }  # fmt: skip
     for name in par_diffusers.__all__:
         assert getattr(par_diffusers, name) is not None
@@ -63,7 +63,7 @@ def test_files_import_nothing_of_ours_as_they_travel():
         *ROOT.glob("schedulers/scheduling_*.py"),
         *ROOT.glob("par_diffusers/models/modeling_*.py"),
     ]
-    assert len(files) == 4
+    assert len(files) == 5
     for file in files:
         for line in travelling_source(file).splitlines():
             match = re.match(r"\s*(?:from|import) (\S+)", line)

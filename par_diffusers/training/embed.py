@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 
 from par_diffusers.cli import one_line_errors
-from par_diffusers.pipelines import PARPipeline
-from par_diffusers.sampling.generate import generate, lay_out
+from par_diffusers.pipelines import PARPipeline, PARVideoPipeline
+from par_diffusers.sampling.generate import generate, lay_out, lay_out_clips
+from par_diffusers.sampling.loading import pipeline_class_name
 
 
 _USE = """```python
 import torch
-from par_diffusers import PARPipeline, embedded_model
+from par_diffusers import {pipeline}, embedded_model
 
-pipe = PARPipeline.from_pretrained(embedded_model("{name}"), dtype=torch.float32)
-images = pipe(class_labels=["P", "A", "R"], generator=torch.Generator().manual_seed(0)).images
+pipe = {pipeline}.from_pretrained(embedded_model("{name}"), dtype=torch.float32)
+{output} = pipe(class_labels={labels}, generator=torch.Generator().manual_seed(0)).{output}
 ```
 
 This folder is part of the package and leaves its code to it; `pipe.save_pretrained(folder)` writes one that carries its code.
@@ -37,16 +38,27 @@ in the data or the weights. The weights are licensed under Apache-2.0.
 def embed(model: str | Path, output: str | Path) -> Path:
     """Writes the pipeline folder `model` to `output` in half precision, without code, with samples and its card; replaces it."""
     output = Path(output)
-    pipe = PARPipeline.from_pretrained(model, dtype=torch.float32)
-    samples = lay_out(generate(pipe, sorted(pipe.labels), seed=0), 1, is_text=False).quantize(128)  # half the bytes
-    pipe = PARPipeline(**pipe.components, id2label=pipe.config.id2label, card_data={"license": "apache-2.0"})
+    is_video = pipeline_class_name(model) == PARVideoPipeline.__name__
+    pipeline = PARVideoPipeline if is_video else PARPipeline
+    pipe = pipeline.from_pretrained(model, dtype=torch.float32)
+    drawn = generate(pipe, sorted(pipe.labels), seed=0)
+    # 128 colours: half the bytes
+    samples = lay_out_clips(drawn, 1, is_text=False) if is_video else lay_out(drawn, 1, is_text=False).quantize(128)
+    facts = {name: pipe.config[name] for name in ("id2label", "frame_rate") if name in pipe.config}
+    pipe = pipeline(**pipe.components, **facts, card_data={"license": "apache-2.0"})
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial, samples=samples)
     for code in partial.rglob("*.py"):
         code.unlink()
     card = (partial / "README.md").read_text(encoding="utf-8")
-    card = re.sub(r"```python.*?(?=\n## Model)", lambda _: _USE.format(name=output.name), card, flags=re.DOTALL)
+    use = _USE.format(
+        name=output.name,
+        pipeline=pipeline.__name__,
+        output="frames" if is_video else "images",
+        labels=list(pipe.labels)[:1] if is_video else ["P", "A", "R"],
+    )
+    card = re.sub(r"```python.*?(?=\n## Model)", lambda _: use, card, flags=re.DOTALL)
     (partial / "README.md").write_text(card.rstrip() + "\n" + _DATA, encoding="utf-8")
     if output.exists():
         shutil.rmtree(output)

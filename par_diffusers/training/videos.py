@@ -130,12 +130,15 @@ class VideoFolder(MediaFolder):
 
 
 def write_clip(file: str | Path, frames: np.ndarray, frame_rate: float) -> None:
-    """Writes frames, uint8 (frames, H, W, 3), as a video of the kind that the name ends in; H.264 in full colour for `.mp4`."""
+    """
+    Writes frames, uint8 (frames, H, W, 3), as a video of the kind that the name ends in; `.mp4` gets lossless H.264, which is
+    the same bytes each time (lossy, it is not).
+    """
     import av
 
     with av.open(str(file), "w") as container:
         if Path(file).suffix == ".mp4":
-            stream = container.add_stream("libx264", rate=round(frame_rate), options={"crf": "8"})
+            stream = container.add_stream("libx264", rate=round(frame_rate), options={"qp": "0"})
             stream.pix_fmt = "yuv444p"
         else:
             stream = container.add_stream(container.default_video_codec, rate=round(frame_rate))

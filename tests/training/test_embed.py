@@ -1,6 +1,6 @@
 import torch
 
-from par_diffusers import PARPipeline
+from par_diffusers import PARPipeline, PARVideoPipeline
 from par_diffusers.training.embed import main
 
 
@@ -26,3 +26,13 @@ def test_an_embedded_model_is_the_trained_one_in_half_precision_without_code(pip
     card = (tmp_path / "small" / "README.md").read_text()
     assert 'embedded_model("small")' in card and "trust_remote_code" not in card and "## Data and licence" in card
     assert "license: apache-2.0" in card and card.count("## Use") == card.count("## Model") == 1
+
+
+def test_an_embedded_model_of_clips_shows_them(make_video_pipeline, tmp_path):
+    make_video_pipeline().save_pretrained(tmp_path / "trained")
+    main(["--model", str(tmp_path / "trained"), "--output", str(tmp_path / "small")])
+    files = {str(file.relative_to(tmp_path / "small")) for file in (tmp_path / "small").rglob("*") if file.is_file()}
+    assert "samples.gif" in files and "vae/config.json" in files and not any(name.endswith(".py") for name in files)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert 'PARVideoPipeline.from_pretrained(embedded_model("small")' in card and "class_labels=['eight']" in card
+    assert PARVideoPipeline.from_pretrained(tmp_path / "small").config.frame_rate == 8
