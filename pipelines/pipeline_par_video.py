@@ -8,8 +8,6 @@ those need.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderVidTok, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -45,7 +43,7 @@ class PARVideoPipelineOutput(BaseOutput):
             [0, 1], or `"latent"` token ids (B, *grid_size).
     """
 
-    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+    frames: torch.Tensor
 
 
 class PARVideoPipeline(ClassConditional, PARPipelineBase):
