@@ -328,7 +328,7 @@ class PARPipelineBase(DiffusionPipeline):
         tokenizer = unwrap_module(getattr(self, self._tokenizer))
         if not isinstance(tokenizer, self._tokenizer_class):
             raise ValueError(
-                f"`{self._tokenizer}` must be a {self._tokenizer_class.__name__} in this pipeline, got a "
+                f"`{self._tokenizer}` must be of the class {self._tokenizer_class.__name__} in this pipeline, got "
                 f"{type(tokenizer).__name__}."
             )
         for name, value, allowed in (

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache, TorchAoConfig
@@ -456,3 +458,22 @@ def test_quantized_weights_are_not_packed(make_model, tmp_path):
     model = PARForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantization)
     with pytest.raises(ValueError, match="those of the model are quantized"):
         model.pack_linear_weights()
+
+
+def test_rotary_sections_share_a_heads_channels(make_model):
+    """12 channels a head: 6 pairs, for three axes."""
+    assert make_model(rope_axes=3).model.rotary_emb.sections == [2, 2, 2]
+    assert make_model(hidden_size=40, rope_axes=3).model.rotary_emb.sections == [3, 1, 1]  # 5 pairs
+    split = make_model(rope_axes=3, rope_sections=(2, 4, 0))
+    again = type(split)(PARConfig.from_dict(json.loads(split.config.to_json_string())))
+    places = torch.tensor([[3, 1, 2], [3, 1, 7], [3, 6, 2], [8, 1, 2]])
+    for model in (split, again):
+        cos, sin = model.model.rotary_emb(places)
+        assert (
+            cos.shape == (4, 6) and torch.equal(cos[0], cos[1]) and torch.equal(sin[0], sin[1])
+        )  # no pair for columns
+        assert torch.equal(cos[0, :2], cos[2, :2]) and not torch.isclose(cos[0, 2:], cos[2, 2:]).all()
+        assert torch.equal(cos[0, 2:], cos[3, 2:]) and not torch.isclose(cos[0, :2], cos[3, :2]).all()
+    for sections in ((2, 2), (2, 2, 1), (7, -1, 0), (2.0, 2, 2)):
+        with pytest.raises(ValueError, match="`rope_sections` must be 3 whole numbers with the sum 6"):
+            make_model(rope_axes=3, rope_sections=sections)

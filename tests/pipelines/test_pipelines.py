@@ -346,8 +346,9 @@ def test_offloaded_components_draw_the_same(pipe):
     assert torch.equal(draw(pipe, PAIR, generator=seeded(0, 1)), expected)
 
 
-@pytest.mark.parametrize("how", ["in place", "wrapped"])
-@pytest.mark.parametrize("num_parallel_tokens, graphs", [(1, 1), (4, 2)])
+@pytest.mark.parametrize(
+    "how, num_parallel_tokens, graphs", [("in place", 1, 1), ("in place", 4, 2), ("wrapped", 4, 2)]
+)
 def test_a_compiled_transformer_draws_the_same_with_a_graph_for_each_kind_of_step(
     how, num_parallel_tokens, graphs, build
 ):

@@ -134,8 +134,6 @@ def test_a_text_folder_travels_alone_and_back(journey, make_text_pipeline):
     assert set(contents(journey.repositories / "me" / "text")) == TEXT_FILES
     from_hub = journey.leg("remote", "me/text", cache="text")
     assert torch.equal(from_hub["tokens"], tokens)
-    by_package = journey.leg("package", "me/text", *kind, cache="text-package")
-    assert torch.equal(by_package["tokens"], tokens) and by_package["remote"] == []
 
 
 def test_a_video_folder_travels_alone_and_back(journey, make_video_pipeline):
