@@ -91,7 +91,7 @@ def test_docstring_examples_run(documented):
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
-@pytest.mark.parametrize("name, steps", [("par-glyphs-4x", 39), ("par-glyphs-16x", 24)])
+@pytest.mark.parametrize("name, steps", [("par-glyphs-1x", 144), ("par-glyphs-4x", 39), ("par-glyphs-16x", 24)])
 def test_embedded_models_are_small_half_precision_and_named(name, steps):
     folder = embedded_model(name)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
