@@ -15,6 +15,13 @@ from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline, PARVide
 Drawn = Image.Image | list[Image.Image]
 
 
+def as_drawn(pixels: torch.ByteTensor) -> Drawn:
+    """uint8 (H, W, 3) -> an image, (frames, H, W, 3) -> the frames of a clip."""
+    if pixels.ndim == 3:
+        return Image.fromarray(pixels.numpy())
+    return [Image.fromarray(frame) for frame in pixels.numpy()]
+
+
 def spell(pipe: PARPipeline, text: str) -> list[str | None]:
     """One label for each character of `text`, None for a space; for pipelines whose labels are single characters."""
     labels = []

@@ -39,7 +39,8 @@ def load_pipeline(
         from transformers import TorchAoConfig
 
         quantization = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(int8_weights())})
-    index, name = DiffusionPipeline.load_config(model), pipeline_class_name(model)
+    index = DiffusionPipeline.load_config(model)
+    name = pipeline_class_name(index)
     if name not in _CLASSES:
         raise ValueError(f"`model` must be a pipeline of {' or '.join(_CLASSES)}, {model} is of {name}.")
     # a text encoder may be many times the backbone: it stays as it was saved, which is what "auto" says
@@ -51,9 +52,9 @@ def load_pipeline(
     return pipe
 
 
-def pipeline_class_name(model: str | Path) -> str:
-    """Name of the class of a pipeline folder or Hub repository."""
-    name = DiffusionPipeline.load_config(model)["_class_name"]
+def pipeline_class_name(index: dict) -> str:
+    """Name of the class in a `model_index.json`, whether or not the folder carries its code."""
+    name = index["_class_name"]
     return name if isinstance(name, str) else name[1]
 
 

@@ -16,14 +16,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from diffusers.utils import make_image_grid
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from par_diffusers._version import __version__
 from par_diffusers.folders import lock_folder, publish, write_text
 from par_diffusers.pipelines import PARPipeline, PARTextToImagePipeline, PARVideoPipeline
-from par_diffusers.sampling.generate import Drawn, save_image
+from par_diffusers.sampling.generate import as_drawn, save_image
 from par_diffusers.sampling.loading import check_condition, load_pipeline, stored_tensors
 from par_diffusers.settings import SamplingSettings
 
@@ -254,19 +253,12 @@ def _write_npz(file: Path, shards: list[Path]) -> None:
     publish(partial, file)
 
 
-def _as_drawn(sample: torch.ByteTensor) -> Drawn:
-    """uint8 (H, W, 3) -> an image, (frames, H, W, 3) -> the frames of a clip."""
-    if sample.ndim == 3:
-        return Image.fromarray(sample.numpy())
-    return [Image.fromarray(frame) for frame in sample.numpy()]
-
-
 def _write_preview(folder: Path, shards: list[Path], count: int, frame_rate: float | None) -> None:
     """The first `count` images side by side, as `preview.png`; clips as `preview.gif`."""
     drawn = []
     for shard in shards:
         with safe_open(shard, "pt") as tensors:
-            drawn += [_as_drawn(sample) for sample in tensors.get_slice("images")[: count - len(drawn)]]
+            drawn += [as_drawn(sample) for sample in tensors.get_slice("images")[: count - len(drawn)]]
         if len(drawn) == count:
             break
     columns = max(1, round(len(drawn) ** 0.5))
@@ -288,5 +280,5 @@ def _write_files(folder: Path, shards: list[Path], frame_rate: float | None) -> 
             kind = "png" if sample.ndim == 3 else "gif"
             file = folder / kind / f"{index:06}.{kind}"
             if not file.exists():
-                save_image(_as_drawn(sample), file, frame_rate)
+                save_image(as_drawn(sample), file, frame_rate)
             index += 1

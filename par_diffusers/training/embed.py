@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from par_diffusers.cli import one_line_errors
 from par_diffusers.pipelines import PARPipeline, PARVideoPipeline
@@ -38,7 +39,7 @@ in the data or the weights. The weights are licensed under Apache-2.0.
 def embed(model: str | Path, output: str | Path) -> Path:
     """Writes the pipeline folder `model` to `output` in half precision, without code, with samples and its card; replaces it."""
     output = Path(output)
-    is_video = pipeline_class_name(model) == PARVideoPipeline.__name__
+    is_video = pipeline_class_name(DiffusionPipeline.load_config(model)) == PARVideoPipeline.__name__
     pipeline = PARVideoPipeline if is_video else PARPipeline
     pipe = pipeline.from_pretrained(model, dtype=torch.float32)
     drawn = generate(pipe, sorted(pipe.labels), seed=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -165,7 +166,7 @@ def build_model(
     if sizes:
         raise ValueError(f"`{next(iter(sizes))}` must not be given together with `model`, whose backbone has its own.")
     pipe_class = _pipeline_class(tokenizer, features)
-    found = pipeline_class_name(settings.model)
+    found = pipeline_class_name(DiffusionPipeline.load_config(settings.model))
     if found != pipe_class.__name__:
         raise ValueError(f"`model` must be a {pipe_class.__name__} for these data, {settings.model} is a {found}.")
     without = {} if features is None else {"text_encoder": None, "tokenizer": None}

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from par_diffusers.folders import lock_folder
-from par_diffusers.sampling.generate import contact_sheet, lay_out
+from par_diffusers.sampling.generate import as_drawn, contact_sheet, lay_out
 from par_diffusers.settings import TokenizerSettings
 from par_diffusers.training.batches import BatchSchedule, seed_step
 from par_diffusers.training.images import ImageFolder, MediaFolder, to_pixels
@@ -348,8 +348,6 @@ def _side_by_side(
         original = media[place * len(media) // min(count, len(media)), 0]
         decoded = objective(to_pixels(original[None].to(device)), quantizes=True)["decoded"][0]
         decoded = ((decoded.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        for pixels in (original, decoded):
-            pixels = pixels.movedim(0, -1).numpy()
-            pairs.append(Image.fromarray(pixels) if pixels.ndim == 3 else [Image.fromarray(frame) for frame in pixels])
+        pairs += [as_drawn(pixels.movedim(0, -1)) for pixels in (original, decoded)]
     objective.train()
     return lay_out(pairs, 2, is_text=False) if isinstance(pairs[0], Image.Image) else contact_sheet(pairs)
