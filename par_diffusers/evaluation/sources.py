@@ -54,9 +54,12 @@ class Source:
     def __post_init__(self):
         self.kept = torch.ones(self.stored[0] if self.stored else 0, dtype=torch.bool)
         if self.num_frames is not None and self.stored:
-            frames = self.stored[1] if self.is_video else 1
-            if not self.is_video or self.num_frames > frames:
-                raise ValueError(f"`num_frames` must be at most the {frames} of {self.path}, got {self.num_frames}.")
+            if not self.is_video:
+                raise ValueError(f"`num_frames` goes with clips, {self.path} holds images.")
+            if self.num_frames > self.stored[1]:
+                raise ValueError(
+                    f"`num_frames` must be at most the {self.stored[1]} of {self.path}, got {self.num_frames}."
+                )
         if self.per_class is not None and self.stored:
             if self.stored_labels is None:
                 raise ValueError(f"`per_class` needs the classes of the images, {self.path} does not say them.")

@@ -187,6 +187,8 @@ def test_what_cannot_be_measured_stops_before_the_features(two_sets, make_images
     ):
         with pytest.raises(ValueError, match=said):
             evaluate(EvaluationSettings(*values))
+    with pytest.raises(ValueError, match="`num_frames` goes with clips, .*ours.npz holds images"):
+        evaluate(EvaluationSettings(ours, network, theirs, num_frames=4))
     with pytest.raises(ValueError, match="`output` must be a file in a folder that exists"):
         evaluate(EvaluationSettings(ours, network, theirs, output=tmp_path / "none" / "result.json"))
 

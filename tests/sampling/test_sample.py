@@ -70,10 +70,10 @@ def test_two_processes_draw_what_one_draws(options, plain):
     assert np.abs(images.astype(int) - plain[0]).max() <= 1 and np.array_equal(labels, plain[1])
 
 
-def kill_until_done(options: dict, kills: int, seed: int | None = None, **launch) -> int:
+def kill_repeatedly(options: dict, kills: int, seed: int | None = None, **launch) -> int:
     """
-    Kills the command after its first new shard, `kills` times at most, and lets it end; how often it was killed. With a
-    seed it dies at random moments: of its start, of its work, or while the .npz is written.
+    Kills the command after its first new shard, `kills` times at most; how often it was killed. With a seed it dies at
+    random moments: of its start, of its work, or while the .npz is written.
     """
     rng, killed, log = random.Random(seed), 0, options["output"].parent / "log.txt"
     while killed < kills:
@@ -84,6 +84,7 @@ def kill_until_done(options: dict, kills: int, seed: int | None = None, **launch
         while process.poll() is None and time.monotonic() < deadline:
             if not starting and len(list(options["output"].glob("samples-*"))) > before:
                 starting, deadline = True, time.monotonic() + (0 if seed is None else rng.uniform(0, 0.6))
+            time.sleep(0.005)
         if process.poll() is not None:
             assert process.returncode == 0, log.read_text()
             return killed
@@ -92,7 +93,6 @@ def kill_until_done(options: dict, kills: int, seed: int | None = None, **launch
             member.kill()
         process.wait()
         killed += 1
-    finish(start("sample", options, **launch))
     return killed
 
 
@@ -103,17 +103,19 @@ def assert_same_samples(folder, expected):
 
 
 def test_killed_samplings_lose_and_repeat_nothing(options, plain):
-    assert kill_until_done(options, 2) == 2
+    assert kill_repeatedly(options, 2) == 2
+    finish(start("sample", options))
     assert_same_samples(options["output"], plain)
 
 
 @pytest.mark.slow
 def test_a_hundred_kills_lose_and_repeat_nothing(options, tmp_path):
-    options |= {"num_samples": 20000, "shard_size": 20, "batch_size": 20}
+    options |= {"num_samples": 40000, "shard_size": 20, "batch_size": 20}
     expected = load(sample(SamplingSettings(**options | {"output": tmp_path / "plain"})))
-    killed = kill_until_done(options, 15, seed=1, processes=2)
-    killed += kill_until_done(options, 100 - killed, seed=2)
+    killed = kill_repeatedly(options, 15, seed=1, processes=2)
+    killed += kill_repeatedly(options, 100 - killed, seed=2)
     print(f"{killed} kills")
+    finish(start("sample", options))
     assert_same_samples(options["output"], expected)
     assert killed >= 90
 

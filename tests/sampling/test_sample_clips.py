@@ -103,6 +103,9 @@ def test_clips_are_compared_with_those_of_a_folder_of_videos(drawn, scripts, tmp
     assert "6 of 5 x 16 x 16 (8 frames a second, 3 clips of each video, 2 of each class)" in printed
     assert any("5 frames: FVD is mostly of 16" in trap for trap in found["warnings"])
 
+    with pytest.raises(ValueError, match="`num_frames` must be at most the 9 of .*out, got 10"):
+        open_source(drawn, num_frames=10)
+
     # the same by hand
     media = VideoFolder(real, 16, 5, 8.0, num_clips=3)
     clips = torch.cat([media.load(index) for index in (0, 6, 12)])
