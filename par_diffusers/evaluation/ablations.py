@@ -51,7 +51,7 @@ STRATEGIES = {
     "distant-16": Strategy("distant order, 16 tokens (PAR-16x)", {"num_parallel_tokens": 16}, 3.02, 51),
     "small": Strategy(
         "PAR-4x, smaller",
-        {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4},
+        {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3},
         3.76,
         147,
     ),
