@@ -25,8 +25,9 @@ from par_diffusers.settings import (
     TrainingSettings,
     add_options,
     read_settings,
+    save_settings,
 )
-from par_diffusers.training.run import SETTINGS
+from par_diffusers.training.run import SETTINGS, refuse_changes
 from par_diffusers.training.train import train
 
 
@@ -58,20 +59,16 @@ STRATEGIES = {
 }
 
 
-def run_strategy(
-    name: str,
-    settings: TrainingSettings,
-    folder: Path,
-    num_samples: int,
-    batch_size: int,
-    reference: str,
-    extractor: str,
-) -> None:
-    """Trains, draws and measures what is not there yet. `accelerate` shares training and sampling among processes."""
+def train_strategy(name: str, settings: TrainingSettings, folder: Path) -> None:
+    """Trains what is not there yet. `accelerate` shares it among processes."""
     settings = dataclasses.replace(settings, output=str(folder / "model"), **STRATEGIES[name].changes)
     torch.compiler.reset()
     if not (folder / "model" / "model_index.json").is_file():
         train(settings, "latest" if (folder / "model" / SETTINGS).is_file() else None)
+
+
+def judge_strategy(folder: Path, num_samples: int, batch_size: int, reference: str, extractor: str) -> None:
+    """Draws and measures what is not there yet. `accelerate` shares the drawing among processes."""
     samples = SamplingSettings(
         model=str(folder / "model"), output=str(folder / "samples"), num_samples=num_samples, batch_size=batch_size
     )
@@ -199,10 +196,16 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.vqvae is not None:
         settings.vqvae = str(model_source(settings.vqvae))
     output = Path(settings.output)
+    if (output / SETTINGS).is_file():
+        refuse_changes(settings, output)  # the budget is the same for all
+    elif PartialState().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        save_settings(settings, output / SETTINGS)
+    # first all trainings: they set accelerate's precision, which a process cannot change later
     for name in args.strategies:
-        run_strategy(
-            name, settings, output / name, args.num_samples, args.sampling_batch_size, args.reference, args.extractor
-        )
+        train_strategy(name, settings, output / name)
+    for name in args.strategies:
+        judge_strategy(output / name, args.num_samples, args.sampling_batch_size, args.reference, args.extractor)
     if PartialState().is_main_process:
         print(report(args.strategies, output, args.show, args.sampling_batch_size))
 

@@ -125,6 +125,8 @@ def _choose_metrics(
     for side in (samples, reference):
         if side is not None and side.shape:
             _check_shape(extractor, side)
+    if reference is not None and reference.shape and reference.is_video and not samples.is_video:
+        raise ValueError(f"`reference` must hold images as {samples.path} does, {reference.path} holds clips.")
     with torch.inference_mode():
         features, logits = extractor.run(next(samples.batches(2)).to(device))
     width = features.shape[1]

@@ -55,7 +55,10 @@ class Source:
         self.kept = torch.ones(self.stored[0] if self.stored else 0, dtype=torch.bool)
         if self.num_frames is not None and self.stored:
             if not self.is_video:
-                raise ValueError(f"`num_frames` goes with clips, {self.path} holds images.")
+                raise ValueError(
+                    f"{self.path} must hold clips, of which {self.num_frames} frames (`num_frames`) are compared; it "
+                    "holds images."
+                )
             if self.num_frames > self.stored[1]:
                 raise ValueError(
                     f"`num_frames` must be at most the {self.stored[1]} of {self.path}, got {self.num_frames}."

@@ -71,6 +71,20 @@ def optimizer_and_schedule(model: torch.nn.Module, settings, total_steps: int, w
     return optimizer, get_scheduler(settings.lr_scheduler, optimizer, None, warmup_steps, total_steps)
 
 
+def refuse_changes(settings, folder: Path) -> None:
+    """Raises a `ValueError` where the run in `folder` has other settings than these."""
+    earlier = type(settings)(**_read_yaml(folder / SETTINGS))
+    changed = [
+        f"{item.name} ({getattr(earlier, item.name)!r}, now {getattr(settings, item.name)!r})"
+        for item in dataclasses.fields(settings)
+        if item.name not in _FREE and getattr(earlier, item.name) != getattr(settings, item.name)
+    ]
+    if changed:
+        raise ValueError(
+            f"`resume` must continue with the settings of the run in {folder}, these differ: {', '.join(changed)}."
+        )
+
+
 class TrainingRun:
     """
     The folder of a run.
@@ -112,16 +126,7 @@ class TrainingRun:
             return [None, {"step": 0}]
         if SETTINGS not in there:
             raise ValueError(f"`resume` continues a run, {self.folder} holds none ({SETTINGS} is missing).")
-        earlier = type(self.settings)(**_read_yaml(self.folder / SETTINGS))
-        changed = [
-            f"{item.name} ({getattr(earlier, item.name)!r}, now {getattr(self.settings, item.name)!r})"
-            for item in dataclasses.fields(self.settings)
-            if item.name not in _FREE and getattr(earlier, item.name) != getattr(self.settings, item.name)
-        ]
-        if changed:
-            raise ValueError(
-                f"`resume` must continue with the settings of the run, these differ: {', '.join(changed)}."
-            )
+        refuse_changes(self.settings, self.folder)
         for item in self.folder.glob(".*.partial"):
             shutil.rmtree(item) if item.is_dir() else item.unlink()
         checkpoints = self._checkpoints()

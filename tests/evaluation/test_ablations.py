@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,6 +50,18 @@ def test_a_study_trains_draws_and_measures_each_strategy_once(tiny, pictures, tm
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "study").rglob("*.safetensors")}
     main(as_options(values))
     assert {file: file.stat().st_mtime_ns for file in before} == before
+    with pytest.raises(ValueError, match=r"settings of the run in .*study, .* max_train_steps \(2, now 3\)"):
+        main(as_options(values | {"max_train_steps": 3}))
+
+
+def test_a_study_goes_on_with_more_strategies_in_a_new_process(tiny, pictures, tmp_path):
+    torch.jit.script(Means()).save(tmp_path / "means.pt")
+    values = tiny | {"max_train_steps": 2, "mixed_precision": "bf16", "output": tmp_path / "study"}
+    values |= {"num_samples": 4, "reference": pictures, "extractor": tmp_path / "means.pt", "show": ("red",)}
+    command = [sys.executable, "-m", "par_diffusers.evaluation.ablations"]
+    for strategies in ("distant-multi",), ("distant-multi", "raster-one"):
+        subprocess.run([*command, *as_options(values | {"strategies": strategies})], check=True)
+    assert list(json.loads((tmp_path / "study" / "ablations.json").read_text())["rows"]) == list(strategies)
 
 
 def test_an_unknown_strategy_is_refused(tmp_path):

@@ -136,6 +136,12 @@ def test_the_judge_names_images(make_images, write_folder, tmp_path):
     alone = evaluate(EvaluationSettings(tmp_path / "ours.npz", "judge"), judge)["metrics"]
     assert set(alone) == {"accuracy", "inception_score", "inception_score_deviation"}
 
+    np.savez(tmp_path / "clips.npz", make_images(12, 5, 16, 16))
+    with pytest.raises(ValueError, match="`reference` must hold images as .*ours.npz does, .*clips.npz holds clips"):
+        evaluate(EvaluationSettings(tmp_path / "ours.npz", "judge", tmp_path / "clips.npz"), judge)
+    with pytest.raises(ValueError, match="ours.npz must hold clips, of which 5 frames"):
+        evaluate(EvaluationSettings(tmp_path / "clips.npz", "judge", tmp_path / "ours.npz"), judge)
+
 
 def test_the_batch_size_changes_no_result(two_sets, scripts):
     ours, theirs = two_sets
@@ -187,7 +193,7 @@ def test_what_cannot_be_measured_stops_before_the_features(two_sets, make_images
     ):
         with pytest.raises(ValueError, match=said):
             evaluate(EvaluationSettings(*values))
-    with pytest.raises(ValueError, match="`num_frames` goes with clips, .*ours.npz holds images"):
+    with pytest.raises(ValueError, match=r"ours.npz must hold clips, of which 4 frames \(`num_frames`\)"):
         evaluate(EvaluationSettings(ours, network, theirs, num_frames=4))
     with pytest.raises(ValueError, match="`output` must be a file in a folder that exists"):
         evaluate(EvaluationSettings(ours, network, theirs, output=tmp_path / "none" / "result.json"))
