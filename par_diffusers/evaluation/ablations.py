@@ -10,8 +10,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from par_diffusers.cli import model_source, one_line_errors
 from par_diffusers.evaluation.evaluate import evaluate
@@ -67,15 +69,25 @@ def train_strategy(name: str, settings: TrainingSettings, folder: Path) -> None:
         train(settings, "latest" if (folder / "model" / SETTINGS).is_file() else None)
 
 
+class ColourLayout(nn.Module):
+    """Images uint8 (B, 3, H, W) -> mean colours of 4 x 4 parts in [0, 1], (B, 48): what a judge of shapes does not see."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+
+
 def judge_strategy(folder: Path, num_samples: int, batch_size: int, reference: str, extractor: str) -> None:
     """Draws and measures what is not there yet. `accelerate` shares the drawing among processes."""
     samples = SamplingSettings(
         model=str(folder / "model"), output=str(folder / "samples"), num_samples=num_samples, batch_size=batch_size
     )
     sample(samples)
-    result = folder / "result.json"
-    if PartialState().is_main_process and not result.is_file():
-        evaluate(EvaluationSettings(folder / "samples", extractor, reference, output=result))
+    if PartialState().is_main_process:
+        for name, network in (("result", None), ("colours", ColourLayout())):
+            file = folder / f"{name}.json"
+            if not file.is_file():
+                judge = extractor if network is None else "mean colours of 4 x 4 parts"
+                evaluate(EvaluationSettings(folder / "samples", judge, reference, output=file), network)
     PartialState().wait_for_everyone()
 
 
@@ -102,7 +114,9 @@ def report(names: list[str], output: Path, labels: list[str], batch_size: int) -
     seconds = measure_time(pipes, batch_size)
     rows = {}
     for name in names:
-        found = json.loads((output / name / "result.json").read_text(encoding="utf-8"))
+        found, colours = (
+            json.loads((output / name / file).read_text(encoding="utf-8")) for file in ("result.json", "colours.json")
+        )
         lines = (output / name / "model" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows[name] = {
             "parameters": sum(p.numel() for p in pipes[name].transformer.parameters()),
@@ -110,6 +124,7 @@ def report(names: list[str], output: Path, labels: list[str], batch_size: int) -
             "validation_loss": json.loads(lines[-1]).get("validation_loss"),
             "seconds_per_image": seconds[name],
             **found["metrics"],
+            "colours": colours["metrics"],
         }
     facts = {"device": str(state.device), "batch_size": batch_size, "rows": rows}
     write_text(output / "ablations.json", json.dumps(facts, indent=1) + "\n")
@@ -129,6 +144,7 @@ _COLUMNS = {
     "accuracy": lambda row: f"{row['accuracy']:.3f}" if "accuracy" in row else "",
     "precision": lambda row: f"{row['precision']:.3f}",
     "recall": lambda row: f"{row['recall']:.3f}",
+    "distance of colours": lambda row: f"{row['colours']['frechet_distance']:.3f}",
 }
 
 

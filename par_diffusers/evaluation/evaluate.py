@@ -200,6 +200,8 @@ def _extract(
                 logits[part] = scores.float()
             start = part.stop
             bar.update(len(images))
+    if not features.isfinite().all():
+        raise ValueError(f"{extractor.name} must give finite features, of some of {side.path} it does not.")
     return features, logits
 
 

@@ -29,7 +29,8 @@ def frechet_distance(samples: torch.Tensor, reference: torch.Tensor | tuple[torc
     """
     Fréchet distance of Gaussians with the moments of two sets of features (N, D): FID with Inception's, FVD with I3D's.
 
-    `reference` may be the moments themselves, mean (D,) and covariance (D, D).
+    `reference` may be the moments themselves, mean (D,) and covariance (D, D). Raises a `ValueError` for features that hold
+    nothing to compare, as those of a few plain pictures.
     """
     metric = _frechet(samples.shape[1])
     _update(metric, samples, real=False)
@@ -41,7 +42,13 @@ def frechet_distance(samples: torch.Tensor, reference: torch.Tensor | tuple[torc
         metric.real_features_cov_sum = covariance + 2 * mean.outer(mean)
     else:
         _update(metric, reference, real=True)
-    return metric.compute().item()
+    try:
+        return metric.compute().item()
+    except torch.linalg.LinAlgError:
+        raise ValueError(
+            f"`samples` and `reference` must differ in all {samples.shape[1]} features of the extractor, too many of them are "
+            "alike in all images."
+        ) from None
 
 
 def _frechet(num_features: int) -> FrechetInceptionDistance:

@@ -28,11 +28,15 @@ def test_strategies_are_the_plans_of_the_paper():
     assert distant.token_order.equal(PARScheduler((4, 4), 4).token_order) and distant.num_inference_steps == 16
 
 
-def test_a_study_trains_draws_and_measures_each_strategy_once(tiny, pictures, tmp_path, capsys):
+def test_a_study_trains_draws_and_measures_each_strategy_once(tiny, make_images, write_folder, tmp_path, capsys):
     torch.jit.script(Means()).save(tmp_path / "means.pt")
     values = tiny | {"max_train_steps": 2, "validation_data": tiny["data"], "output": tmp_path / "study"}
-    values |= {"strategies": ("distant-multi", "causal"), "num_samples": 8, "sampling_batch_size": 4}
-    values |= {"reference": pictures, "extractor": tmp_path / "means.pt", "show": ("red", "blue")}
+    values |= {"strategies": ("distant-multi", "causal"), "num_samples": 60, "sampling_batch_size": 30}
+    values |= {
+        "reference": write_folder(make_images(60, 16, 16)),
+        "extractor": tmp_path / "means.pt",
+        "show": ("red", "blue"),
+    }
     main(as_options(values))
     facts = json.loads((tmp_path / "study" / "ablations.json").read_text())["rows"]
     assert list(facts) == ["distant-multi", "causal"]
@@ -40,7 +44,8 @@ def test_a_study_trains_draws_and_measures_each_strategy_once(tiny, pictures, tm
     assert table in capsys.readouterr().out
     for name, row in facts.items():
         result = json.loads((tmp_path / "study" / name / "result.json").read_text())
-        assert row["frechet_distance"] == result["metrics"]["frechet_distance"] and result["samples"]["count"] == 8
+        assert row["frechet_distance"] == result["metrics"]["frechet_distance"] and result["samples"]["count"] == 60
+        assert 0 < row["colours"]["frechet_distance"] < 48
         assert row["steps"] == 19 and row["seconds_per_image"] > 0 and row["validation_loss"] > 0
         assert f"| {STRATEGIES[name].title} | {row['parameters'] / 1e6:.2f} | 19 |" in table
     with Image.open(tmp_path / "study" / "strategies.png") as rows:
@@ -54,10 +59,15 @@ def test_a_study_trains_draws_and_measures_each_strategy_once(tiny, pictures, tm
         main(as_options(values | {"max_train_steps": 3}))
 
 
-def test_a_study_goes_on_with_more_strategies_in_a_new_process(tiny, pictures, tmp_path):
+def test_a_study_goes_on_with_more_strategies_in_a_new_process(tiny, make_images, write_folder, tmp_path):
     torch.jit.script(Means()).save(tmp_path / "means.pt")
     values = tiny | {"max_train_steps": 2, "mixed_precision": "bf16", "output": tmp_path / "study"}
-    values |= {"num_samples": 4, "reference": pictures, "extractor": tmp_path / "means.pt", "show": ("red",)}
+    values |= {
+        "num_samples": 60,
+        "reference": write_folder(make_images(60, 16, 16)),
+        "extractor": tmp_path / "means.pt",
+        "show": ("red",),
+    }
     command = [sys.executable, "-m", "par_diffusers.evaluation.ablations"]
     for strategies in ("distant-multi",), ("distant-multi", "raster-one"):
         subprocess.run([*command, *as_options(values | {"strategies": strategies})], check=True)

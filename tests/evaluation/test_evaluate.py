@@ -121,6 +121,15 @@ def test_any_network_is_an_extractor(two_sets, scripts):
     assert by_module["extractor"]["name"] == "channel means"
 
 
+def test_features_that_are_not_numbers_are_refused(two_sets):
+    class Overflowing(torch.nn.Module):
+        def forward(self, images):
+            return images.float().mean((2, 3)) / (images.float().mean((2, 3)) > 128)
+
+    with pytest.raises(ValueError, match="overflowing must give finite features, of some of .*ours.npz it does not"):
+        evaluate(EvaluationSettings(two_sets[0], "overflowing", two_sets[1]), Overflowing())
+
+
 def test_the_judge_names_images(make_images, write_folder, tmp_path):
     torch.manual_seed(0)
     judge = GlyphJudge(image_size=16, num_classes=3, num_features=4).eval()

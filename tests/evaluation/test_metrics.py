@@ -116,3 +116,13 @@ def test_precision_and_recall_are_exact_far_from_the_origin():
     assert precision_recall(ours + 1e4, theirs + 1e4) == precision_recall(
         (ours + 1e4).double(), (theirs + 1e4).double()
     )
+
+
+def test_features_that_are_alike_in_all_images_are_refused(monkeypatch):
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    # whether eigenvalues of such features are found depends on the linear algebra library
+    monkeypatch.setattr(torch.linalg, "eigvals", fail)
+    with pytest.raises(ValueError, match="must differ in all 3 features"):
+        frechet_distance(torch.ones(9, 3), torch.ones(9, 3))
