@@ -153,7 +153,7 @@ def _distance(row: dict) -> float:
 
 
 def _table(rows: dict[str, dict]) -> str:
-    lines = [f"| strategy | {' | '.join(_COLUMNS)} | paper: FID | steps |", "|---" * (len(_COLUMNS) + 3) + "|"]
+    lines = [f"| strategy | {' | '.join(_COLUMNS)} | paper: FID | paper: steps |", "|---" * (len(_COLUMNS) + 3) + "|"]
     for name, row in rows.items():
         paper = STRATEGIES[name]
         values = [column(row) for column in _COLUMNS.values()]
@@ -177,20 +177,23 @@ def draw_rows(pipes: dict[str, PARPipeline], labels: list[str], seed: int = 0) -
 
 
 def plot(rows: dict[str, dict], file: Path) -> None:
-    """Distance over time for each image."""
+    """Distances, of shapes and of colours, over time for each image."""
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for name, row in rows.items():
-        point = (1000 * row["seconds_per_image"], _distance(row))
-        axes.scatter(*point, s=40)
-        axes.annotate(STRATEGIES[name].title, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
-    axes.margins(x=0.25)
-    axes.set(xlabel="ms an image", ylabel="Fréchet distance to held-out images")
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    distances = {
+        "Fréchet distance to held-out images": _distance,
+        "the same of mean colours": lambda row: row["colours"]["frechet_distance"],
+    }
+    for axes, (title, distance) in zip(panels, distances.items(), strict=True):
+        for number, (name, row) in enumerate(rows.items()):
+            point = (1000 * row["seconds_per_image"], distance(row))
+            axes.scatter(*point, s=60, marker="osD^vP*X"[number % 8], label=STRATEGIES[name].title)
+        axes.set(xlabel="ms an image", ylabel=title, xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
 
 
