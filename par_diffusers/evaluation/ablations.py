@@ -83,11 +83,12 @@ def judge_strategy(folder: Path, num_samples: int, batch_size: int, reference: s
     )
     sample(samples)
     if PartialState().is_main_process:
-        for name, network in (("result", None), ("colours", ColourLayout())):
-            file = folder / f"{name}.json"
+        for file, name, network in (
+            (folder / "result.json", extractor, None),
+            (folder / "colours.json", "mean colours of 4 x 4 parts", ColourLayout()),
+        ):
             if not file.is_file():
-                judge = extractor if network is None else "mean colours of 4 x 4 parts"
-                evaluate(EvaluationSettings(folder / "samples", judge, reference, output=file), network)
+                evaluate(EvaluationSettings(folder / "samples", name, reference, output=file), network)
     PartialState().wait_for_everyone()
 
 

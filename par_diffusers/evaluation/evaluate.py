@@ -196,12 +196,12 @@ def _extract(
                 logits = torch.empty(len(side), scores.shape[1]) if keep_logits else None
             part = slice(start, start + len(images))
             features[part] = found.float()
+            if not features[part].isfinite().all():
+                raise ValueError(f"{extractor.name} must give finite features, of some of {side.path} it does not.")
             if keep_logits:
                 logits[part] = scores.float()
             start = part.stop
             bar.update(len(images))
-    if not features.isfinite().all():
-        raise ValueError(f"{extractor.name} must give finite features, of some of {side.path} it does not.")
     return features, logits
 
 

@@ -180,7 +180,8 @@ def test_a_torn_line_of_the_log_is_dropped(short):
 )
 def test_other_settings_are_not_a_continuation(change, said, short):
     train(settings_of(short))
-    with pytest.raises(ValueError, match="`resume` must continue with .*, these differ: " + said):
+    refused = "`resume` must continue with the settings of the run in .*, these differ: "
+    with pytest.raises(ValueError, match=refused + said):
         train(settings_of(short, **change), resume="latest")
 
 
