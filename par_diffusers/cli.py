@@ -445,11 +445,14 @@ def _train(args: argparse.Namespace, argv: list[str]) -> None:
 def _add_train_tokenizer(commands) -> None:
     parser = commands.add_parser(
         "train-tokenizer",
-        help="an image tokenizer",
-        description="Trains a diffusers VQModel with an l2-normalised codebook on an image folder.",
+        help="a tokenizer of images or of videos",
+        description="Trains a diffusers VQModel with an l2-normalised codebook on a folder of images, or an AutoencoderVidTok "
+        "with finite scalar quantization on a folder of videos.",
         epilog="""examples:
   accelerate launch -m par_diffusers train-tokenizer --data imagenet/train --validation-data imagenet/val --output vq
-  accelerate launch -m par_diffusers train-tokenizer --output vq --resume""",
+  accelerate launch -m par_diffusers train-tokenizer --output vq --resume
+  accelerate launch -m par_diffusers train-tokenizer --vqvae llamagen-c2i-256 --data flowers/train --output vq-flowers
+  accelerate launch -m par_diffusers train-tokenizer --architecture AutoencoderVidTok --data videos/train --output vidtok""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, TokenizerSettings)
@@ -461,6 +464,8 @@ def _train_tokenizer(args: argparse.Namespace, argv: list[str]) -> None:
     settings = _settings_of_run(TokenizerSettings, args)
     from par_diffusers.training.train_tokenizer import train_tokenizer
 
+    if settings.vqvae is not None:
+        settings.vqvae = str(model_source(settings.vqvae))
     train_tokenizer(settings, args.resume)
 
 

@@ -119,8 +119,11 @@ class TokenizerSettings(_RunSettings):
     """Settings of [`~par_diffusers.training.train_tokenizer.train_tokenizer`]."""
 
     data: str = option(MISSING, "folder of images, or of videos")
-    architecture: str = option(
-        "VQModel", "model of diffusers: of images, or of videos", ("VQModel", "AutoencoderVidTok")
+    vqvae: str | None = option(
+        None, "tokenizer that training starts from: folder, pipeline or embedded model (default: from scratch)"
+    )
+    architecture: str | None = option(
+        None, "model of diffusers: of images, or of videos (default: VQModel)", ("VQModel", "AutoencoderVidTok")
     )
     global_batch_size: int = option(128, "samples of a step over all processes and accumulation steps", least=1)
     max_train_steps: int = option(40000, "steps to train", least=1)
@@ -134,18 +137,23 @@ class TokenizerSettings(_RunSettings):
         "flip", "views of an image, or a clip (none, flip), to train on", ("none", "flip", "ten-crop")
     )
     crop_range: float = option(1.1, "of ten-crop: side of the centre crop over the side of its ten crops", least=1)
-    codebook_size: int = option(16384, "codes; of AutoencoderVidTok a power of 8 (4096, 32768, 262144)", least=2)
-    codebook_dim: int = option(8, "width of a code (VQModel)", least=1)
-    block_out_channels: tuple[int, ...] = option(
-        (128, 128, 256, 256, 512),
-        "channels of each level; each but the last halves the sides (AutoencoderVidTok: multiples of the first)",
+    codebook_size: int | None = option(
+        None, "codes (default: 16384); of AutoencoderVidTok a power of 8 (4096, 32768, 262144)", least=2
+    )
+    codebook_dim: int | None = option(None, "width of a code of a VQModel (default: 8)", least=1)
+    block_out_channels: tuple[int, ...] | None = option(
+        None,
+        "channels of each level (default: 128 128 256 256 512); each but the last halves the sides (AutoencoderVidTok: "
+        "multiples of the first)",
         least=1,
     )
-    layers_per_block: int = option(2, "residual blocks of a level", least=1)
-    norm_num_groups: int = option(32, "groups of the group norms (VQModel)", least=1)
+    layers_per_block: int | None = option(None, "residual blocks of a level (default: 2)", least=1)
+    norm_num_groups: int | None = option(None, "groups of the group norms of a VQModel (default: 32)", least=1)
     commitment: float = option(0.25, "weight of the commitment loss (VQModel)", least=0)
-    autoencoder_steps: int = option(
-        2000, "first steps, without quantization, after which the codes are drawn (VQModel)", least=0
+    autoencoder_steps: int | None = option(
+        None,
+        "first steps of a VQModel, without quantization, after which the codes are drawn (default: 2000, with vqvae none)",
+        least=0,
     )
     revival_steps: int = option(
         100, "steps without a use after which a code moves to a latent of the batch (VQModel)", least=1

@@ -26,7 +26,7 @@ from par_diffusers.training.run import (
     make_accelerator,
     optimizer_and_schedule,
 )
-from par_diffusers.training.tokenizers import ImageTokenizer, VideoTokenizer
+from par_diffusers.training.tokenizers import ImageTokenizer, VideoTokenizer, load_tokenizer
 from par_diffusers.training.videos import VideoFolder
 
 
@@ -40,6 +40,89 @@ def quantize(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     return codebook[indices].permute(0, 3, 1, 2), indices
 
 
+# what describes a tokenizer that starts from scratch
+_MODEL = {
+    "architecture": "VQModel",
+    "codebook_size": 16384,
+    "codebook_dim": 8,
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+
+def build_tokenizer(settings: TokenizerSettings) -> ImageTokenizer | VideoTokenizer:
+    """The tokenizer that the settings ask for, from scratch or from `settings.vqvae`, for training in float32."""
+    if settings.vqvae is None:
+        described = {name: getattr(settings, name) or default for name, default in _MODEL.items()}
+        torch.manual_seed(settings.seed)
+        is_image = described.pop("architecture") == "VQModel"
+        return (_new_vqmodel if is_image else _new_vidtok)(image_size=settings.image_size, **described)
+
+    for name in _MODEL:
+        if getattr(settings, name) is not None:
+            raise ValueError(f"`{name}` must not be given together with `vqvae`, which has its own.")
+    tokenizer = load_tokenizer(settings.vqvae)
+    if isinstance(tokenizer, VideoTokenizer):
+        return tokenizer
+    norms = tokenizer.vectors().norm(dim=-1)
+    if (norms - 1).abs().max() > 1e-2:
+        raise ValueError(
+            f"`vqvae` must have codes of norm 1 to train from, those of {settings.vqvae} have norms from {norms.min():.3g} to "
+            f"{norms.max():.3g}."
+        )
+    return tokenizer
+
+
+def _new_vqmodel(
+    image_size, codebook_size, codebook_dim, block_out_channels, layers_per_block, norm_num_groups
+) -> ImageTokenizer:
+    levels = len(block_out_channels)
+    return ImageTokenizer(
+        VQModel(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            latent_channels=block_out_channels[-1],
+            sample_size=image_size,
+            num_vq_embeddings=codebook_size,
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=codebook_dim,
+            scaling_factor=1.0,
+            lookup_from_codebook=True,
+        )
+    )
+
+
+def _new_vidtok(codebook_size, block_out_channels, layers_per_block, **_) -> VideoTokenizer:
+    first = block_out_channels[0]
+    if any(width % first for width in block_out_channels):
+        raise ValueError(f"`block_out_channels` must be multiples of the first, got {block_out_channels}.")
+    width = round(math.log(codebook_size, 8))
+    if codebook_size != 8**width:
+        raise ValueError(f"`codebook_size` must be a power of 8, got {codebook_size}.")
+    model = AutoencoderVidTok(
+        ch=first,
+        ch_mult=[width // first for width in block_out_channels],
+        num_res_blocks=layers_per_block,
+        z_channels=width,
+        double_z=False,
+        regularizer="fsq",
+        codebook_size=codebook_size,
+    )
+    # Residual branches start at zero and what is around them keeps variances: the model starts as a linear one, which learns
+    # from its first steps on.
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if "conv2" in name or "proj_out" in name:
+                nn.init.zeros_(module.weight)
+            elif "conv1" not in name:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+    return VideoTokenizer(model)
+
+
 class ImageObjective(nn.Module):
     """
     The losses of a [`VQModel`]: L1 on pixels in [-1, 1], and squared distances between normalised latents and codes, to
@@ -47,23 +130,9 @@ class ImageObjective(nn.Module):
     themselves.
     """
 
-    def __init__(self, settings: TokenizerSettings):
+    def __init__(self, model: VQModel, commitment: float):
         super().__init__()
-        levels = len(settings.block_out_channels)
-        self.model = VQModel(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=settings.block_out_channels,
-            layers_per_block=settings.layers_per_block,
-            latent_channels=settings.block_out_channels[-1],
-            sample_size=settings.image_size,
-            num_vq_embeddings=settings.codebook_size,
-            norm_num_groups=settings.norm_num_groups,
-            vq_embed_dim=settings.codebook_dim,
-            scaling_factor=1.0,
-            lookup_from_codebook=True,
-        ).to(memory_format=torch.channels_last)
-        self.commitment = settings.commitment
+        self.model, self.commitment = model.to(memory_format=torch.channels_last), commitment
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -102,36 +171,25 @@ class ImageObjective(nn.Module):
 
 
 class VideoObjective(nn.Module):
-    """The loss of an [`AutoencoderVidTok`] with finite scalar quantization: L1 on pixels in [-1, 1]. Its codes are fixed."""
+    """
+    The loss of an [`AutoencoderVidTok`] with finite scalar quantization: the squared error of pixels in [-1, 1]. (With L1 the
+    first thousands of clips teach backgrounds alone, the medians.) Its codes are fixed.
+    """
 
     codebook = None
 
-    def __init__(self, settings: TokenizerSettings):
+    def __init__(self, model: AutoencoderVidTok):
         super().__init__()
-        first, *_ = channels = settings.block_out_channels
-        if any(width % first for width in channels):
-            raise ValueError(f"`block_out_channels` must be multiples of the first, got {channels}.")
-        width = round(math.log(settings.codebook_size, 8))
-        if settings.codebook_size != 8**width:
-            raise ValueError(f"`codebook_size` must be a power of 8, got {settings.codebook_size}.")
-        self.model = AutoencoderVidTok(
-            ch=first,
-            ch_mult=[width // first for width in channels],
-            num_res_blocks=settings.layers_per_block,
-            z_channels=width,
-            double_z=False,
-            regularizer="fsq",
-            codebook_size=settings.codebook_size,
-        )
+        self.model = model
 
     def forward(self, pixels: torch.Tensor, quantizes: bool) -> dict[str, torch.Tensor]:
         latents, indices = self.model(pixels, encoder_mode=True)
         decoded = self.model.decode(latents).float()
-        reconstruction = F.l1_loss(decoded, pixels)
+        squared_error = F.mse_loss(decoded, pixels)
         return {
-            "loss": reconstruction,
-            "l1": reconstruction.detach(),
-            "squared_error": F.mse_loss(decoded.detach(), pixels),
+            "loss": squared_error,
+            "l1": F.l1_loss(decoded.detach(), pixels),
+            "squared_error": squared_error.detach(),
             "indices": indices.long(),
             "decoded": decoded.detach(),
         }
@@ -174,8 +232,8 @@ def _psnr(squared_error: float) -> float:
 
 def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> Path:
     """
-    Trains a tokenizer and returns the folder `settings.output`, then that of an `AutoencoderVidTok`, or of a `VQModel` with
-    a unit-norm codebook.
+    Trains a tokenizer, from scratch or from another one, and returns the folder `settings.output`, then that of an
+    `AutoencoderVidTok`, or of a `VQModel` with a unit-norm codebook.
 
     Of a `VQModel` the first `autoencoder_steps` train a plain autoencoder on normalised latents; the codebook then starts from latents of
     the data, which leaves few dead codes. Codes that nothing used for `revival_steps` move to latents of the batch at
@@ -194,19 +252,19 @@ def train_tokenizer(settings: TokenizerSettings, resume: str | None = None) -> P
     accelerator = make_accelerator(settings)
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("train-tokenizer shares batches, not weights: launch it without FSDP.")
-    torch.manual_seed(settings.seed)
+    tokenizer = build_tokenizer(settings)
+    if settings.autoencoder_steps is None:
+        settings.autoencoder_steps = 2000 if settings.vqvae is None else 0
     held_out = None
-    if settings.architecture == "AutoencoderVidTok":
-        objective = VideoObjective(settings)
-        tokenizer = VideoTokenizer(objective.model)
+    if isinstance(tokenizer, VideoTokenizer):
+        objective = VideoObjective(tokenizer.model)
         tokenizer.grid_size(settings.image_size, settings.num_frames)
         clip = (settings.image_size, settings.num_frames, settings.frame_rate)
         media = VideoFolder(settings.data, *clip, settings.num_clips, settings.augmentation)
         if settings.validation_data is not None:
             held_out = VideoFolder(settings.validation_data, *clip)
     else:
-        objective = ImageObjective(settings)
-        tokenizer = ImageTokenizer(objective.model)
+        objective = ImageObjective(tokenizer.model, settings.commitment)
         tokenizer.grid_size(settings.image_size)
         media = ImageFolder(settings.data, settings.image_size, settings.augmentation, settings.crop_range)
         if settings.validation_data is not None:

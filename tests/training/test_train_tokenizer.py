@@ -10,7 +10,13 @@ from launching import finish, read_losses, read_metrics, start
 from par_diffusers.settings import TokenizerSettings
 from par_diffusers.training.images import ImageFolder, to_pixels
 from par_diffusers.training.tokenizers import ImageTokenizer
-from par_diffusers.training.train_tokenizer import ImageObjective, quantize, reconstruction_report, train_tokenizer
+from par_diffusers.training.train_tokenizer import (
+    ImageObjective,
+    build_tokenizer,
+    quantize,
+    reconstruction_report,
+    train_tokenizer,
+)
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def test_a_tokenizer_learns_to_reproduce_its_pictures(tiny, tmp_path):
 
 @torch.no_grad()
 def test_the_trained_codes_are_the_stock_models(tiny):
-    objective = ImageObjective(TokenizerSettings(**tiny, output="unused"))
+    objective = ImageObjective(build_tokenizer(TokenizerSettings(**tiny, output="unused")).model, 0.25)
     codes = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     objective.codebook.copy_(torch.nn.functional.normalize(codes, dim=1))
     images = ImageFolder(tiny["data"], 16)
@@ -73,7 +79,7 @@ def test_the_trained_codes_are_the_stock_models(tiny):
 
 
 def test_the_report_is_over_the_whole_data(tiny):
-    objective = ImageObjective(TokenizerSettings(**tiny, output="unused"))
+    objective = ImageObjective(build_tokenizer(TokenizerSettings(**tiny, output="unused")).model, 0.25)
     images = ImageFolder(tiny["data"], 16)
     reports = [reconstruction_report(objective, images, 16, 96, size, Accelerator()) for size in (5, 96)]
     assert reports[0] == pytest.approx(reports[1])
@@ -109,6 +115,25 @@ def test_an_interrupted_tokenizer_goes_on_with_the_same_losses(tiny, tmp_path):
     assert read_losses(folder) == losses
 
 
+def test_training_starts_from_a_tokenizer(tiny, tmp_path):
+    first = train_tokenizer(TokenizerSettings(**tiny, output=tmp_path / "first"))
+    described = ("block_out_channels", "layers_per_block", "norm_num_groups", "codebook_size", "codebook_dim")
+    further = {name: value for name, value in tiny.items() if name not in (*described, "autoencoder_steps")}
+    settings = TokenizerSettings(**further, vqvae=first, output=tmp_path / "further", checkpointing_steps=6)
+    # the first step sees its weights and its codes, none of which is drawn anew
+    objective = ImageObjective(build_tokenizer(settings).model, 0.25)
+    images = ImageFolder(tiny["data"], 16)
+    last = read_metrics(first)[-1]
+    report = reconstruction_report(objective, images, 16, 20, 8, Accelerator(cpu=True))
+    assert report["validation_l1"] == pytest.approx(last["validation_l1"], abs=1e-4)
+    folder = train_tokenizer(settings)
+    losses = read_losses(folder)
+    assert losses[0] < read_losses(first)[0]
+    assert VQModel.load_config(folder)["num_vq_embeddings"] == 16
+    train_tokenizer(settings, resume="checkpoint-6")
+    assert read_losses(folder) == losses
+
+
 def test_two_processes_train_a_tokenizer_as_one(tiny, tmp_path):
     alone = train_tokenizer(TokenizerSettings(**tiny, output=tmp_path / "one"))
     printed = finish(start("train-tokenizer", {**tiny, "output": tmp_path / "two"}, processes=2))
@@ -129,3 +154,9 @@ def test_settings_that_cannot_work_are_refused(tiny, tmp_path):
         train_tokenizer(TokenizerSettings(**tiny | {"image_size": 17}, output=tmp_path / "vq"))
     with pytest.raises(ValueError, match="`data` must be a folder of images"):
         train_tokenizer(TokenizerSettings(**tiny | {"data": "nowhere"}, output=tmp_path / "vq"))
+    with pytest.raises(ValueError, match="`codebook_size` must not be given together with `vqvae`"):
+        train_tokenizer(TokenizerSettings(**tiny | {"vqvae": "vq"}, output=tmp_path / "vq"))
+    VQModel(norm_num_groups=4, block_out_channels=(8,), layers_per_block=1).save_pretrained(tmp_path / "loose")
+    loose = TokenizerSettings(tiny["data"], tmp_path / "vq", vqvae=tmp_path / "loose", image_size=16)
+    with pytest.raises(ValueError, match="`vqvae` must have codes of norm 1 to train from.*have norms from 0.00"):
+        train_tokenizer(loose)

@@ -18,7 +18,7 @@ from par_diffusers.training.extract_codes import extract_codes
 from par_diffusers.training.images import to_pixels
 from par_diffusers.training.tokenizers import ImageTokenizer, VideoTokenizer, load_tokenizer
 from par_diffusers.training.train import train
-from par_diffusers.training.train_tokenizer import train_tokenizer
+from par_diffusers.training.train_tokenizer import build_tokenizer, train_tokenizer
 from par_diffusers.training.videos import VideoFolder, read_clip, write_clip
 
 
@@ -222,7 +222,7 @@ def vidtok(videos):
 
 
 def test_a_video_tokenizer_learns_to_reproduce_its_clips(vidtok, videos, tmp_path):
-    settings = TokenizerSettings(**vidtok | {"max_train_steps": 40}, output=tmp_path / "vidtok")
+    settings = TokenizerSettings(**vidtok | {"learning_rate": 1e-3, "max_train_steps": 40}, output=tmp_path / "vidtok")
     folder = train_tokenizer(settings)
     metrics = read_metrics(folder)
     assert metrics[-1]["validation_l1"] < 0.5 * metrics[0]["l1"] and metrics[-1]["validation_codebook_usage"] > 0
@@ -246,6 +246,17 @@ def test_an_interrupted_video_tokenizer_goes_on_with_the_same_losses(vidtok, tmp
     assert read_losses(folder) == losses
     again = AutoencoderVidTok.from_pretrained(folder).state_dict()
     assert all(weights[name].equal(again[name]) for name in weights)
+
+
+def test_training_goes_on_with_longer_clips(vidtok, tmp_path):
+    described = ("architecture", "block_out_channels", "layers_per_block", "codebook_size")
+    short = train_tokenizer(TokenizerSettings(**vidtok | {"num_frames": 5}, output=tmp_path / "short"))
+    further = {name: value for name, value in vidtok.items() if name not in described}
+    folder = train_tokenizer(TokenizerSettings(**further, vqvae=short, output=tmp_path / "long"))
+    assert AutoencoderVidTok.load_config(folder)["ch_mult"] == [1, 1, 2]
+    assert read_losses(folder)[0] < read_losses(short)[0]
+    with pytest.raises(ValueError, match="`architecture` must not be given together with `vqvae`"):
+        build_tokenizer(TokenizerSettings(**vidtok, vqvae=short, output=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
