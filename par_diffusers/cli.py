@@ -212,7 +212,7 @@ def _add_benchmark(commands) -> None:
         epilog="""examples:
   par-diffusers benchmark --model L --num-parallel-tokens 1 4 16 --output l
   par-diffusers benchmark --model XL 3B --dtype bfloat16 --batch-size 1 64 --num-parallel-tokens 4
-  par-diffusers benchmark --model par-glyphs-4x --grid-size 12 12 --num-parallel-tokens 4""",
+  par-diffusers benchmark --model par-glyph-clips --num-parallel-tokens 1 4 --batch-size 1 8""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, BenchmarkSettings)

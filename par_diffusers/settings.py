@@ -311,8 +311,10 @@ class BenchmarkSettings(_Settings):
         ("L",), "published sizes with random weights (B, L, XL, XXL, 3B), pipeline folders or embedded models"
     )
     num_parallel_tokens: tuple[int, ...] = option((1, 4, 16), "tokens of a parallel step", least=1)
-    grid_size: tuple[int, ...] = option((24, 24), "tokens: height width", least=1)
-    batch_size: tuple[int, ...] = option((1,), "images at a time", least=1)
+    grid_size: tuple[int, ...] | None = option(
+        None, "tokens: height width, or frames height width (default: 24 24, of a model its own)", least=1
+    )
+    batch_size: tuple[int, ...] = option((1,), "images or clips at a time", least=1)
     dtype: tuple[str, ...] = option(("float32",), "of the backbone", ("float32", "float16", "bfloat16"))
     quantization: tuple[str, ...] = option(("none",), "of the backbone's weights, by torchao", ("none", "int8"))
     mode: tuple[str, ...] = option(

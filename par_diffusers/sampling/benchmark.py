@@ -157,7 +157,7 @@ def _draw(pipe: PARPipeline, batch_size: int, guidance_scale: float, **kwargs) -
     """Tokens (batch_size, *grid_size) of the first classes, always from the same seed."""
     labels = [i % pipe.transformer.config.num_classes for i in range(batch_size)]
     generator = torch.Generator(pipe.device).manual_seed(0)
-    return pipe(labels, guidance_scale=guidance_scale, generator=generator, output_type="latent", **kwargs).images
+    return pipe(labels, guidance_scale=guidance_scale, generator=generator, output_type="latent", **kwargs)[0]
 
 
 def token_agreement(pipe: PARPipeline, reference: torch.LongTensor, guidance_scale: float) -> float:
@@ -202,10 +202,14 @@ def time_calls(pipe: PARPipeline, batch_size: int, guidance_scale: float, warmup
 
 
 def _pipeline(
-    model: str, loading: LoadingSettings, device: torch.device, num_parallel_tokens: int, grid_size: tuple[int, ...]
+    model: str,
+    loading: LoadingSettings,
+    device: torch.device,
+    num_parallel_tokens: int,
+    grid_size: tuple[int, ...] | None,
 ) -> PARPipeline:
     if model in _SIZES:
-        pipe = random_pipeline(model, num_parallel_tokens, grid_size)
+        pipe = random_pipeline(model, num_parallel_tokens, grid_size or (24, 24))
         pipe.transformer.to(getattr(torch, loading.dtype))
         if loading.quantization is not None:
             from torchao.quantization import quantize_
@@ -214,9 +218,10 @@ def _pipeline(
         pipe.to(device)
     else:
         pipe = load_pipeline(model_source(model), loading, device, batch_size=1)
-        pipe.scheduler = PARScheduler.from_config(
-            pipe.scheduler.config, num_parallel_tokens=num_parallel_tokens, region_grid=None, grid_size=grid_size
-        )
+        plan = {"num_parallel_tokens": num_parallel_tokens, "region_grid": None}
+        if grid_size is not None:
+            plan["grid_size"] = grid_size
+        pipe.scheduler = PARScheduler.from_config(pipe.scheduler.config, **plan)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -256,6 +261,8 @@ def benchmark(settings: BenchmarkSettings) -> dict:
             references[case] = _draw(plain, batch_size, scale)
             del plain
         if settings.channels_last:
+            if "vqvae" not in pipe.components:
+                raise ValueError(f"`channels_last` is for tokenizers of images, that of {model} is of clips.")
             pipe.vqvae.to(memory_format=torch.channels_last)
         work = Work.of(pipe, batch_size * (2 if settings.guidance else 1))
         torch.compiler.reset()
@@ -275,6 +282,7 @@ def benchmark(settings: BenchmarkSettings) -> dict:
                 "mode": mode,
                 "batch_size": batch_size,
                 "num_parallel_tokens": n,
+                "grid_size": list(pipe.scheduler.config.grid_size),
                 "steps": steps,
                 "seconds_per_image": total / batch_size,
                 "spread": (max(totals) - min(totals)) / total,
@@ -302,7 +310,6 @@ def benchmark(settings: BenchmarkSettings) -> dict:
             "device": str(device),
         },
         "guidance": settings.guidance,
-        "grid_size": list(settings.grid_size),
         "channels_last": settings.channels_last,
         "warmup": settings.warmup,
         "repeats": settings.repeats,
@@ -355,11 +362,11 @@ def describe_benchmark(found: dict) -> str:
         "| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    grid = "x".join(map(str, found["grid_size"]))
+    grids = " and ".join(dict.fromkeys("x".join(map(str, row["grid_size"])) for row in found["rows"]))
     return "\n".join(
         [
             f"{machine['name']}: {machine['bandwidth'] / 1e9:.1f} GB/s read, {rates}",
-            f"{grid} tokens, {'with' if found['guidance'] else 'without'} guidance, median of {found['repeats']} after {found['warmup']}; "
+            f"{grids} tokens, {'with' if found['guidance'] else 'without'} guidance, median of {found['repeats']} after {found['warmup']}; "
             "torch " + found["versions"]["torch"],
             "",
             *lines,

@@ -38,6 +38,33 @@ def test_the_table_has_a_row_for_each_combination(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "roofline.png").stat().st_size > 5000
 
 
+def test_pipelines_of_clips_are_timed(make_video_pipeline, tmp_path, capsys):
+    make_video_pipeline().save_pretrained(tmp_path / "pipe")
+    words = [
+        "benchmark",
+        "--model",
+        str(tmp_path / "pipe"),
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--num-parallel-tokens",
+        "1",
+        "4",
+    ]
+    main([*words, "--output", str(tmp_path / "out")])
+    assert "3x4x4 tokens" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [48, 15] and [row["agreement"] for row in rows] == [1, 1]
+    for further, message in [
+        (["--channels-last"], "`channels_last` is for tokenizers of images"),
+        (["--grid-size", "4", "4"], "`transformer.config.rope_axes` must be 2 in this pipeline, got 3"),
+    ]:
+        with pytest.raises(SystemExit):
+            main([*words, *further])
+        assert message in capsys.readouterr().err
+
+
 def test_packed_and_eager_rows_do_the_same_work(folder, tmp_path):
     words = ["--grid-size", "4", "4", "--num-parallel-tokens", "4", "--mode", "eager", "packed", "--device", "cpu"]
     main(["benchmark", "--model", str(folder), *words, "--repeats", "1", "--output", str(tmp_path / "out")])
