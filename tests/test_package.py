@@ -6,11 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import par_diffusers
-from par_diffusers import PARForConditionalGeneration, PARPipeline, PARScheduler, embedded_model
+from par_diffusers import (
+    PARForConditionalGeneration,
+    PARPipeline,
+    PARScheduler,
+    PARVideoPipeline,
+    embedded_model,
+)
+from par_diffusers.cli import main
 from par_diffusers.evaluation.judge import GlyphJudge
 from par_diffusers.pipelines.pipeline_par import travelling_source
+from par_diffusers.training.glyph_clips import MOTIONS
 from par_diffusers.training.tokenizers import load_tokenizer
 
 
@@ -101,6 +110,32 @@ def test_embedded_models_are_small_half_precision_and_named(name, steps):
     assert str(pipe.transformer.dtype) == "torch.float16"
     assert sorted(pipe.labels) == sorted("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
     assert pipe.scheduler.num_inference_steps == steps
+
+
+def test_embedded_model_of_clips_is_small_and_draws_a_gif(tmp_path):
+    folder = embedded_model("par-glyph-clips")
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 12e6
+    pipe = PARVideoPipeline.from_pretrained(folder)
+    assert str(pipe.transformer.dtype) == "torch.float16" and pipe.config.frame_rate == 8
+    assert sorted(pipe.labels) == [f"{letter} {motion}" for letter in "ACEGHKPRSX" for motion in MOTIONS]
+    assert pipe.scheduler.num_inference_steps == 48
+    output = tmp_path / "clip.gif"
+    main(
+        [
+            "generate",
+            "--model",
+            "par-glyph-clips",
+            "--labels",
+            "A moves",
+            "X turns",
+            "--seed",
+            "0",
+            "--output",
+            str(output),
+        ]
+    )
+    with Image.open(output) as clip:
+        assert clip.n_frames == 17 and clip.info["duration"] == 120  # hundredths of a second
 
 
 def test_embedded_tokenizer_has_codes_of_unit_norm():

@@ -31,7 +31,7 @@ This folder is part of the package and leaves its code to it; `pipe.save_pretrai
 _DATA = """
 ## Data and licence
 
-Trained from nothing on pictures of letters and digits rendered from free fonts. Fonts are only rendered: no part of a font file is
+Trained from nothing on {data} rendered from free fonts. Fonts are only rendered: no part of a font file is
 in the data or the weights. The weights are licensed under Apache-2.0.
 """
 
@@ -59,8 +59,9 @@ def embed(model: str | Path, output: str | Path) -> Path:
         output="frames" if is_video else "images",
         labels=list(pipe.labels)[:1] if is_video else ["P", "A", "R"],
     )
+    data = _DATA.format(data="clips of letters" if is_video else "pictures of letters and digits")
     card = re.sub(r"```python.*?(?=\n## Model)", lambda _: use, card, flags=re.DOTALL)
-    (partial / "README.md").write_text(card.rstrip() + "\n" + _DATA, encoding="utf-8")
+    (partial / "README.md").write_text(card.rstrip() + "\n" + data, encoding="utf-8")
     if output.exists():
         shutil.rmtree(output)
     os.rename(partial, output)
