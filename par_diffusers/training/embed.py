@@ -4,6 +4,7 @@ python -m par_diffusers.training.embed --model par-glyphs-4x --output par_diffus
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -57,7 +58,7 @@ def embed(model: str | Path, output: str | Path) -> Path:
         name=output.name,
         pipeline=pipeline.__name__,
         output="frames" if is_video else "images",
-        labels=list(pipe.labels)[:1] if is_video else ["P", "A", "R"],
+        labels=json.dumps(list(pipe.labels)[:1] if is_video else ["P", "A", "R"]),
     )
     data = _DATA.format(data="clips of letters" if is_video else "pictures of letters and digits")
     card = re.sub(r"```python.*?(?=\n## Model)", lambda _: use, card, flags=re.DOTALL)
