@@ -34,6 +34,6 @@ def test_an_embedded_model_of_clips_shows_them(make_video_pipeline, tmp_path):
     files = {str(file.relative_to(tmp_path / "small")) for file in (tmp_path / "small").rglob("*") if file.is_file()}
     assert "samples.gif" in files and "vae/config.json" in files and not any(name.endswith(".py") for name in files)
     card = (tmp_path / "small" / "README.md").read_text()
-    assert 'PARVideoPipeline.from_pretrained(embedded_model("small")' in card and "class_labels=['eight']" in card
+    assert 'PARVideoPipeline.from_pretrained(embedded_model("small")' in card and 'class_labels=["eight"]' in card
     assert "Trained from nothing on clips of letters" in card
     assert PARVideoPipeline.from_pretrained(tmp_path / "small").config.frame_rate == 8
