@@ -218,10 +218,13 @@ def _pipeline(
         pipe.to(device)
     else:
         pipe = load_pipeline(model_source(model), loading, device, batch_size=1)
-        plan = {"num_parallel_tokens": num_parallel_tokens, "region_grid": None}
-        if grid_size is not None:
-            plan["grid_size"] = grid_size
-        pipe.scheduler = PARScheduler.from_config(pipe.scheduler.config, **plan)
+        config = pipe.scheduler.config
+        pipe.scheduler = PARScheduler.from_config(
+            config,
+            num_parallel_tokens=num_parallel_tokens,
+            region_grid=None,
+            grid_size=grid_size or config.grid_size,
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -254,16 +257,16 @@ def benchmark(settings: BenchmarkSettings) -> dict:
     for model, dtype, quantization, mode, batch_size, n in tqdm(combinations, desc="benchmark"):
         loading = LoadingSettings(dtype=dtype, quantization=None if quantization == "none" else quantization)
         pipe = _pipeline(model, loading, device, n, settings.grid_size)
+        if settings.channels_last:
+            if "vqvae" not in pipe.components:
+                raise ValueError(f"`channels_last` is for tokenizers of images, that of {model} is of clips.")
+            pipe.vqvae.to(memory_format=torch.channels_last)
         scale = 2.0 if settings.guidance else 1.0
         case = (model, batch_size, n)
         if model not in _SIZES and case not in references:
             plain = _pipeline(model, LoadingSettings(), device, n, settings.grid_size)
             references[case] = _draw(plain, batch_size, scale)
             del plain
-        if settings.channels_last:
-            if "vqvae" not in pipe.components:
-                raise ValueError(f"`channels_last` is for tokenizers of images, that of {model} is of clips.")
-            pipe.vqvae.to(memory_format=torch.channels_last)
         work = Work.of(pipe, batch_size * (2 if settings.guidance else 1))
         torch.compiler.reset()
         prepare(pipe, mode, batch_size)

@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from par_diffusers.cli import one_line_errors
-from par_diffusers.pipelines import PARPipeline, PARVideoPipeline
+from par_diffusers.pipelines import PARVideoPipeline
 from par_diffusers.sampling.generate import generate, lay_out, lay_out_clips
-from par_diffusers.sampling.loading import pipeline_class_name
+from par_diffusers.sampling.loading import check_condition, load_pipeline
+from par_diffusers.settings import LoadingSettings
 
 
 _USE = """```python
@@ -40,14 +40,14 @@ in the data or the weights. The weights are licensed under Apache-2.0.
 def embed(model: str | Path, output: str | Path) -> Path:
     """Writes the pipeline folder `model` to `output` in half precision, without code, with samples and its card; replaces it."""
     output = Path(output)
-    is_video = pipeline_class_name(DiffusionPipeline.load_config(model)) == PARVideoPipeline.__name__
-    pipeline = PARVideoPipeline if is_video else PARPipeline
-    pipe = pipeline.from_pretrained(model, dtype=torch.float32)
+    pipe = load_pipeline(model, LoadingSettings(), "cpu", batch_size=1)
+    check_condition(pipe, model, is_text=False, num_frames=None)
+    is_video = isinstance(pipe, PARVideoPipeline)
     drawn = generate(pipe, sorted(pipe.labels), seed=0)
     # 128 colours: half the bytes
     samples = lay_out_clips(drawn, 1, is_text=False) if is_video else lay_out(drawn, 1, is_text=False).quantize(128)
     facts = {name: pipe.config[name] for name in ("id2label", "frame_rate") if name in pipe.config}
-    pipe = pipeline(**pipe.components, **facts, card_data={"license": "apache-2.0"})
+    pipe = type(pipe)(**pipe.components, **facts, card_data={"license": "apache-2.0"})
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial, samples=samples)
@@ -56,7 +56,7 @@ def embed(model: str | Path, output: str | Path) -> Path:
     card = (partial / "README.md").read_text(encoding="utf-8")
     use = _USE.format(
         name=output.name,
-        pipeline=pipeline.__name__,
+        pipeline=type(pipe).__name__,
         output="frames" if is_video else "images",
         labels=json.dumps(list(pipe.labels)[:1] if is_video else ["P", "A", "R"]),
     )
